@@ -1,0 +1,53 @@
+// fastconv._C: build facts, work splits, byte and FLOP counts for Python. No torch.
+#include <pybind11/pybind11.h>
+
+#include "geometry.h"
+
+namespace py = pybind11;
+using fastconv::ConvShape;
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Build facts and geometry: the numbers that the kernels use, for tests and benchmarks.";
+  m.def("build_info", [] {
+    py::dict facts;
+    facts["compiler"] = FASTCONV_COMPILER;
+    facts["torch_target"] = FASTCONV_TORCH_TARGET;
+    facts["torch_built_with"] = FASTCONV_TORCH_VERSION;
+    facts["cxx_standard"] = static_cast<long>(__cplusplus);
+    return facts;
+  });
+  const auto shape = [](const char* name) { return py::arg(name); };
+#define FC_SHAPE shape("N"), shape("H"), shape("W"), shape("C"), shape("K")
+  m.def("forward_bands", [](int64_t N, int64_t H, int64_t W, int64_t C, int64_t K, int64_t threads) {
+    const auto b = fastconv::forward_bands({N, H, W, C, K}, threads);
+    return py::make_tuple(b.rows, b.per_image, b.count);
+  }, FC_SHAPE, shape("threads"), "(rows, bands an image, bands) of the forward pass.");
+  m.def("backward_plan", [](int64_t N, int64_t H, int64_t W, int64_t C, int64_t K, int64_t channel_blocks) {
+    const auto p = fastconv::backward_plan({N, H, W, C, K}, channel_blocks);
+    return py::make_tuple(p.bands.count, p.slices, p.groups);
+  }, FC_SHAPE, shape("channel_blocks"), "(bands, slices, channel groups) of the backward pass.");
+
+#define FC_COUNT(name, expression, doc)                                                                           \
+  m.def(name, [](int64_t N, int64_t H, int64_t W, int64_t C, int64_t K) {                                          \
+    const ConvShape s{N, H, W, C, K};                                                                              \
+    return expression;                                                                                             \
+  }, FC_SHAPE, doc)
+  FC_COUNT("depthwise_conv_flops", fastconv::conv_flops(s), "FLOPs of the forward pass.");
+  FC_COUNT("depthwise_conv_bwd_flops", 2 * fastconv::conv_flops(s), "FLOPs of all gradients.");
+  FC_COUNT("depthwise_conv_norm_flops", fastconv::conv_norm_flops(s), "FLOPs of the forward pass.");
+  FC_COUNT("depthwise_conv_norm_bwd_flops", fastconv::conv_norm_bwd_flops(s), "FLOPs of all gradients.");
+
+#define FC_BYTES(name, expression, doc)                                                                           \
+  m.def(name, [](int64_t N, int64_t H, int64_t W, int64_t C, int64_t K, int64_t size) {                            \
+    const ConvShape s{N, H, W, C, K};                                                                              \
+    return expression;                                                                                             \
+  }, FC_SHAPE, shape("size"), doc)
+  FC_BYTES("depthwise_conv_bytes", fastconv::conv_bytes(s, size), "Fewest bytes of the forward pass, `size` bytes an element.");
+  FC_BYTES("depthwise_conv_bwd_bytes", fastconv::conv_bwd_bytes(s, size), "Fewest bytes of all gradients.");
+  FC_BYTES("depthwise_conv_norm_bytes", fastconv::conv_norm_bytes(s, size, true), "Fewest bytes of the forward pass in training.");
+  FC_BYTES("depthwise_conv_norm_infer_bytes", fastconv::conv_norm_bytes(s, size, false), "Fewest bytes of the forward pass in inference.");
+  FC_BYTES("depthwise_conv_norm_bwd_bytes", fastconv::conv_norm_bwd_bytes(s, size), "Fewest bytes of all gradients.");
+
+  m.def("residual_scale_bytes", &fastconv::residual_scale_bytes, shape("elements"), shape("size"), "Fewest bytes of the forward pass.");
+  m.def("residual_scale_bwd_bytes", &fastconv::residual_scale_bwd_bytes, shape("elements"), shape("size"), "Fewest bytes of all gradients.");
+}

@@ -1,0 +1,92 @@
+// The CPU kernels as the op glue sees them: pointers, sizes and a range of tasks. No torch here.
+//
+// Each SIMD level is one translation unit (kernels_<level>.cpp) that compiles the same sources for its instruction set
+// and fills one Kernels table; kernels() returns the table for this machine.
+#pragma once
+
+#include <cstdint>
+
+#include "geometry.h"
+
+namespace fastconv::cpu {
+
+enum class DType : uint8_t { kFloat, kBFloat16, kHalf, kDouble };
+
+constexpr int64_t dtype_size(DType d) { return d == DType::kDouble ? 8 : d == DType::kFloat ? 4 : 2; }
+// Sums are taken in float, for double in double.
+constexpr bool is_double(DType d) { return d == DType::kDouble; }
+
+// An array in memory: rows of C channels, one a pixel.
+struct Array {
+  const void* data = nullptr;
+  DType dtype = DType::kFloat;
+};
+struct MutableArray {
+  void* data = nullptr;
+  DType dtype = DType::kFloat;
+};
+
+// A convolution, with the norm after it where norm_weight is given. `packed` holds the weights as
+// [channel block][K * K][lanes] in the accumulation type (pack_weight).
+struct ForwardParams {
+  ConvShape shape;
+  Bands bands;
+  Array x;
+  const void* packed;
+  const void* bias;                        // [C] in the accumulation type
+  const void *norm_weight, *norm_bias;     // [C] in the accumulation type, or null
+  double eps;
+  MutableArray y, z;                       // z, the convolution's output for backward, or null
+  void *mean, *rstd;                       // [pixels] in the accumulation type, or null
+};
+
+struct BackwardParams {
+  ConvShape shape;
+  BackwardPlan plan;
+  Array dy, x;
+  const void* packed;                      // flipped weights
+  // with the norm, else null: z, its statistics, and per pixel the means over channels that couple them
+  Array z;
+  const void *norm_weight, *mean, *rstd;   // [C], [pixels], [pixels]
+  void* coupling;                          // [pixels][2]
+  int64_t norm_slices;
+  void* norm_partial;                      // [norm_slices][2][C]: dnorm_weight, dnorm_bias
+  MutableArray dx;                         // null: not needed
+  void* partial;                           // [slices][K * K + 1][C]: dweight, dbias; null: not needed
+};
+
+struct ResidualParams {
+  int64_t N, L, C;                         // N images of L pixels
+  Array shortcut, y, dout;
+  const void *gamma, *mask;                // [C] and [N] in the accumulation type, or null
+  MutableArray out, dy;
+  int64_t slices;
+  void* partial;                           // [slices][C]: dgamma
+};
+
+struct Kernels {
+  const char* name;
+  int64_t vector_bytes;
+  // [C, K * K] of any dtype -> packed, for the channel blocks [begin, end)
+  void (*pack_weight)(const ConvShape&, Array weight, bool flip, bool to_double, void* packed, int64_t begin, int64_t end);
+  // Each runs the tasks [begin, end); `scratch` is 64-byte aligned and belongs to the calling thread.
+  int64_t (*forward_scratch)(const ForwardParams&);
+  void (*forward)(const ForwardParams&, void* scratch, int64_t begin, int64_t end);  // a task is a band
+  int64_t (*norm_backward_scratch)(const BackwardParams&);
+  void (*norm_backward)(const BackwardParams&, void* scratch, int64_t begin, int64_t end);  // a task is a norm slice
+  int64_t (*backward_scratch)(const BackwardParams&);
+  void (*backward)(const BackwardParams&, void* scratch, int64_t begin, int64_t end);  // a task is slice * groups + group
+  int64_t (*residual_scratch)(const ResidualParams&);
+  void (*residual_forward)(const ResidualParams&, void* scratch, int64_t begin, int64_t end);   // a task is a slice
+  void (*residual_backward)(const ResidualParams&, void* scratch, int64_t begin, int64_t end);  // a task is a slice
+};
+
+const Kernels& kernels();
+
+extern const Kernels kernels_default;
+#if defined(__x86_64__)
+extern const Kernels kernels_avx2;
+extern const Kernels kernels_avx512;
+#endif
+
+}  // namespace fastconv::cpu

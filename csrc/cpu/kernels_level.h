@@ -1,0 +1,58 @@
+// All kernels for one SIMD level, named by FASTCONV_LEVEL (kernels_<level>.cpp includes this under its target).
+
+#define FC_STRING(x) FC_STRING_(x)
+#define FC_STRING_(x) #x
+#define FC_TABLE(level) FC_TABLE_(level)
+#define FC_TABLE_(level) kernels_##level
+#define FC_NAMESPACE(level) FC_NAMESPACE_(level)
+#define FC_NAMESPACE_(level) level_##level
+
+namespace fastconv::cpu {
+namespace FC_NAMESPACE(FASTCONV_LEVEL) {
+namespace {
+
+#include "vec.h"
+
+#include "layer_norm_kernel.h"
+
+#include "depthwise_conv_kernel.h"
+
+#include "residual_scale_kernel.h"
+
+// Picks the accumulation type.
+#define FC_SCRATCH(name, Params, dtype) \
+  int64_t name(const Params& p) { return is_double(dtype) ? name##_as<double>(p) : name##_as<float>(p); }
+#define FC_TASKS(name, Params, dtype)                                                                              \
+  void name(const Params& p, void* scratch, int64_t begin, int64_t end) {                                          \
+    if (is_double(dtype)) name##_as<double>(p, static_cast<char*>(scratch), begin, end);                           \
+    else name##_as<float>(p, static_cast<char*>(scratch), begin, end);                                             \
+  }
+FC_SCRATCH(forward_scratch, ForwardParams, p.x.dtype)
+FC_TASKS(forward, ForwardParams, p.x.dtype)
+FC_SCRATCH(norm_backward_scratch, BackwardParams, p.dy.dtype)
+FC_TASKS(norm_backward, BackwardParams, p.dy.dtype)
+FC_SCRATCH(backward_scratch, BackwardParams, p.dy.dtype)
+FC_TASKS(backward, BackwardParams, p.dy.dtype)
+FC_SCRATCH(residual_scratch, ResidualParams, p.y.dtype)
+FC_TASKS(residual_forward, ResidualParams, p.y.dtype)
+FC_TASKS(residual_backward, ResidualParams, p.y.dtype)
+
+}  // namespace
+}  // namespace level_*
+
+extern const Kernels FC_TABLE(FASTCONV_LEVEL) = {
+    FC_STRING(FASTCONV_LEVEL),
+    FASTCONV_VECTOR_BYTES,
+    FC_NAMESPACE(FASTCONV_LEVEL)::pack_weight,
+    FC_NAMESPACE(FASTCONV_LEVEL)::forward_scratch,
+    FC_NAMESPACE(FASTCONV_LEVEL)::forward,
+    FC_NAMESPACE(FASTCONV_LEVEL)::norm_backward_scratch,
+    FC_NAMESPACE(FASTCONV_LEVEL)::norm_backward,
+    FC_NAMESPACE(FASTCONV_LEVEL)::backward_scratch,
+    FC_NAMESPACE(FASTCONV_LEVEL)::backward,
+    FC_NAMESPACE(FASTCONV_LEVEL)::residual_scratch,
+    FC_NAMESPACE(FASTCONV_LEVEL)::residual_forward,
+    FC_NAMESPACE(FASTCONV_LEVEL)::residual_backward,
+};
+
+}  // namespace fastconv::cpu

@@ -1,0 +1,77 @@
+// Sizes, work splits, byte and FLOP counts of the ops: host arithmetic that kernels, tests and benchmarks share. No torch.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+namespace fastconv {
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+// One call of a depthwise convolution: N images of H x W pixels and C channels, K x K taps, "same" padding.
+struct ConvShape {
+  int64_t N, H, W, C, K;
+  constexpr int64_t pad() const { return K / 2; }
+  constexpr int64_t pixels() const { return N * H * W; }
+  constexpr int64_t elements() const { return pixels() * C; }
+};
+
+// A band is a run of whole rows of one image: the unit of work. Its rows are staged with a halo of pad() rows above and
+// below, so taller bands stage less twice and shorter ones share better between threads.
+struct Bands {
+  int64_t rows;       // of a band; the last of an image may have fewer
+  int64_t per_image;  // bands in an image
+  int64_t count;      // bands in all
+};
+
+constexpr Bands split_bands(int64_t N, int64_t H, int64_t rows) {
+  rows = std::max<int64_t>(1, std::min(rows, H));
+  const int64_t per_image = H > 0 ? ceil_div(H, rows) : 0;
+  return {rows, per_image, N * per_image};
+}
+
+// Forward: no sum crosses a pixel, so the split may follow the number of threads and the bits stay the same.
+// With the norm a band's convolution output stays in the L2 cache: 256 KiB of float32.
+constexpr Bands forward_bands(const ConvShape& s, int64_t threads) {
+  const int64_t cached = (int64_t{64} << 10) / std::max<int64_t>(1, s.W * s.C);
+  const int64_t wanted = ceil_div(4 * threads, std::max<int64_t>(1, s.N));  // bands an image that keep all threads busy
+  return split_bands(s.N, s.H, std::min(std::max<int64_t>(cached, 4), ceil_div(s.H, wanted)));
+}
+
+// Backward: dweight sums over bands, so the split, and with it the order of every sum, follows the shape alone.
+struct BackwardPlan {
+  Bands bands;
+  int64_t slices;  // runs of consecutive bands, one partial dweight each
+  int64_t groups;  // of channel blocks: the second dimension of the grid of tasks
+};
+
+constexpr BackwardPlan backward_plan(const ConvShape& s, int64_t channel_blocks) {
+  constexpr int64_t kRows = 14, kSlices = 64, kTasks = 64;
+  const Bands bands = split_bands(s.N, s.H, kRows);
+  const int64_t slices = std::max<int64_t>(1, std::min(bands.count, kSlices));
+  const int64_t groups = std::max<int64_t>(1, std::min(channel_blocks, ceil_div(kTasks, slices)));
+  return {bands, slices, groups};
+}
+
+// Sums over pixels (dnorm_weight, dgamma): at most 64 partials, each over a run of consecutive pixels.
+constexpr int64_t pixel_slices(int64_t pixels) { return std::max<int64_t>(1, std::min<int64_t>(64, ceil_div(pixels, 64))); }
+
+// First item of part `i` when `count` items are split into `parts` runs as even as possible.
+constexpr int64_t part_begin(int64_t count, int64_t parts, int64_t i) { return count / parts * i + std::min(i, count % parts); }
+
+// Floating-point operations: a multiply-add counts as two. The norm: 8 an element forward, 14 backward.
+constexpr int64_t conv_flops(const ConvShape& s) { return 2 * s.elements() * s.K * s.K; }
+constexpr int64_t conv_norm_flops(const ConvShape& s) { return conv_flops(s) + 8 * s.elements(); }
+constexpr int64_t conv_norm_bwd_flops(const ConvShape& s) { return 2 * conv_flops(s) + 14 * s.elements(); }
+
+// Fewest bytes through memory, each input read once and each output written once, for `size` bytes an activation
+// element; parameters, statistics and partials (a few percent) are left out.
+constexpr int64_t conv_bytes(const ConvShape& s, int64_t size) { return 2 * s.elements() * size; }
+constexpr int64_t conv_bwd_bytes(const ConvShape& s, int64_t size) { return 3 * s.elements() * size; }
+constexpr int64_t conv_norm_bytes(const ConvShape& s, int64_t size, bool save) { return (save ? 3 : 2) * s.elements() * size; }
+constexpr int64_t conv_norm_bwd_bytes(const ConvShape& s, int64_t size) { return 6 * s.elements() * size; }
+constexpr int64_t residual_scale_bytes(int64_t elements, int64_t size) { return 3 * elements * size; }
+constexpr int64_t residual_scale_bwd_bytes(int64_t elements, int64_t size) { return 3 * elements * size; }
+
+}  // namespace fastconv
