@@ -33,7 +33,7 @@ const Kernels& choose() {
     best = &level;
     supported += std::string(", ") + level.name;
   };
-  offer(kernels_avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"));
+  offer(kernels_avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"));  // F16C is older than both
   offer(kernels_avx512, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"));
 #endif

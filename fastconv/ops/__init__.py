@@ -1,6 +1,6 @@
 """The fused ops and their autograd Functions. Each takes logical NHWC tensors; see the docstrings."""
 
-from ._registry import Choice, disabled, is_disabled, select, use_backend
+from ._registry import Choice, check_environment, disabled, is_disabled, select, use_backend
 from .depthwise_conv import DepthwiseConv, depthwise_conv
 from .depthwise_conv_norm import DepthwiseConvNorm, depthwise_conv_norm
 from .residual_scale import ResidualScale, residual_scale
@@ -18,3 +18,5 @@ __all__ = [
     "select",
     "use_backend",
 ]
+
+check_environment()

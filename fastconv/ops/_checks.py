@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 
 from ._registry import FLOAT_DTYPES
@@ -48,3 +50,12 @@ def resolve_dtypes(op: str, x: torch.Tensor, weight: torch.Tensor, compute_dtype
     if torch.float64 in involved and len(involved) > 1:
         raise TypeError(f"{op}: float64 cannot be mixed with other dtypes, got {names(sorted(involved, key=str))}; convert all of them")
     return compute_dtype, out_dtype
+
+
+def dense(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def without_autocast(device: torch.device):
+    """torch.autocast switched off, also on device types that have none (meta)."""
+    return torch.autocast(device.type, enabled=False) if torch.amp.is_autocast_available(device.type) else contextlib.nullcontext()

@@ -7,29 +7,44 @@ import functools
 import torch
 
 
-def first_order_only(op: str):
-    """Decorate a Function's backward: a second derivative raises an error that names the remedy.
+class _SecondDerivative(torch.autograd.Function):
+    """Identity on the first `count` tensors; its backward raises. The others are what those were computed from."""
 
-    As torch's `once_differentiable`, with our message: asking for create_graph=True is fine as long as nobody
-    differentiates through the gradients of this op.
+    @staticmethod
+    def forward(ctx, message, count, *tensors):
+        ctx.message = message
+        return tensors[:count]
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError(ctx.message)
+
+
+def first_order_only(op: str):
+    """Decorate a Function's backward(ctx, saved_tensors, *grads): a second derivative raises an error that names the remedy.
+
+    Asking for create_graph=True is fine as long as nobody differentiates through the gradients of this op. Unlike
+    torch's `once_differentiable`, the results stay connected to what they were computed from: torch.autograd.grad with
+    respect to an input finds the path and raises, where it would otherwise leave the term out in silence.
     """
     message = (
         f"{op}: second derivatives are not implemented by the fused kernels; "
         "compute them inside `with fastconv.disabled():`, which runs the original code"
-    ).encode()
+    )
 
     def decorate(backward):
         @functools.wraps(backward)
         def wrapper(ctx, *grads):
+            saved = ctx.saved_tensors  # read once: a checkpointed region hands them out only once
             if torch.compiler.is_compiling():
-                return backward(ctx, *grads)
+                return backward(ctx, saved, *grads)
             with torch.no_grad():
-                outputs = backward(ctx, *grads)
-            if not torch.is_grad_enabled() or not any(g is not None and g.requires_grad for g in (*grads, *ctx.saved_tensors)):
-                return outputs
+                outputs = backward(ctx, saved, *grads)
+            sources = [t for t in (*grads, *saved) if t is not None and t.requires_grad]
             present = [o for o in outputs if o is not None]
-            raising = torch._C._functions.DelayedError(message, len(present))(*[o.detach().requires_grad_() for o in present])
-            raising = iter(raising if isinstance(raising, (list, tuple)) else [raising])
+            if not torch.is_grad_enabled() or not sources or not present:
+                return outputs
+            raising = iter(_SecondDerivative.apply(message, len(present), *present, *sources))
             return tuple(None if o is None else next(raising) for o in outputs)
 
         return wrapper

@@ -32,6 +32,14 @@ _disabled_ops = frozenset(filter(None, os.environ.get("FASTCONV_DISABLE", "").re
 _interpreting = os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def check_environment() -> None:
+    """Called once every op is defined: a misspelt switch must not pass for an obeyed one."""
+    if _state["forced"] not in (None, *BACKENDS):
+        raise ValueError(f"FASTCONV_BACKEND must be one of {', '.join(BACKENDS)}, got {_state['forced']!r}")
+    for op in sorted(_disabled_ops - OPS.keys()):
+        raise ValueError(f"FASTCONV_DISABLE must list ops out of {', '.join(sorted(OPS))}, got {op!r}")
+
+
 class Choice(NamedTuple):
     """The backend that runs a call; `reason` says why a faster one does not ("" when none was passed over)."""
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from . import _registry
-from ._checks import check_device, check_float, check_vector, resolve_dtypes
+from ._checks import check_device, check_float, check_vector, dense, resolve_dtypes, without_autocast
 from ._function import first_order_only, needs_grad
 
 OP = "depthwise_conv"
@@ -50,7 +50,7 @@ def reference(x, weight, bias=None, compute_dtype=None, out_dtype=None):
     if x.numel() == 0:  # conv2d refuses maps without pixels; keep the graph, so that gradients are zeros
         zero = weight.sum() * 0 + (0 if bias is None else bias.sum() * 0)
         return (x + zero).to(out_dtype)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device):
         y = F.conv2d(
             x.permute(0, 3, 1, 2).to(compute_dtype),
             weight.to(compute_dtype),
@@ -111,16 +111,16 @@ class DepthwiseConv(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, weight, bias, _, ctx.backend = inputs
+        x, weight, _, _, ctx.backend = inputs
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, weight)
 
     @staticmethod
     @first_order_only(OP)
-    def backward(ctx, dy):
+    def backward(ctx, saved, dy):
         if dy is None:
             return None, None, None, None, None
-        x, weight = ctx.saved_tensors
+        x, weight = saved
         need_dx, need_dweight, need_dbias = ctx.needs_input_grad[:3]
         bwd = _registry.raw("depthwise_conv_bwd", ctx.backend)
         dx, dweight, dbias = bwd(dy.contiguous(), x, weight, need_dx, need_dweight or need_dbias)
@@ -165,7 +165,7 @@ def depthwise_conv(
     backend = _registry.select(OP, x, weight, bias).backend
     if backend == "eager":
         return reference(x, weight, bias, compute_dtype, out_dtype)
-    x, weight = x.contiguous(), weight.contiguous()
+    x, weight, bias = dense(x), dense(weight), dense(bias)
     if not needs_grad(x, weight, bias):
         return _registry.raw("depthwise_conv_fwd", backend)(x, weight, bias, out_dtype)
     return DepthwiseConv.apply(x, weight, bias, out_dtype, backend)

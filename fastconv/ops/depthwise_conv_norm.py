@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from . import _registry
-from ._checks import check_device, check_vector, resolve_dtypes
+from ._checks import check_device, check_vector, dense, resolve_dtypes, without_autocast
 from ._function import first_order_only, needs_grad
 from .depthwise_conv import Shape, check_conv
 from .depthwise_conv import flops as conv_flops
@@ -33,7 +33,7 @@ def reference(x, weight, bias, norm_weight, norm_bias, eps=1e-6, compute_dtype=N
     """Plain PyTorch, in any dtype: the eager backend, and in float64 the truth of the tests."""
     compute_dtype = compute_dtype or x.dtype
     z = conv_reference(x, weight, bias, compute_dtype, compute_dtype)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device):
         norm_dtype = torch.promote_types(compute_dtype, norm_weight.dtype)
         y = F.layer_norm(z.to(norm_dtype), (z.shape[-1],), norm_weight.to(norm_dtype), norm_bias.to(norm_dtype), eps)
         return y.to(out_dtype or compute_dtype)
@@ -101,20 +101,20 @@ class DepthwiseConvNorm(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, weight, _, norm_weight, *_, ctx.backend = inputs
+        x, weight, bias, norm_weight, *_, ctx.backend = inputs
         _, z, mean, rstd = output
         ctx.mark_non_differentiable(z, mean, rstd)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, weight, norm_weight, z, mean, rstd)
+        ctx.save_for_backward(x, weight, norm_weight, z, mean, rstd, bias)  # bias: for first_order_only
 
     @staticmethod
     @first_order_only(OP)
-    def backward(ctx, dy, *_):
+    def backward(ctx, saved, dy, *_):
         if dy is None:
             return (None,) * 9
         need_dx, need_dweight, need_dbias, need_dgamma, need_dbeta = ctx.needs_input_grad[:5]
         bwd = _registry.raw("depthwise_conv_norm_bwd", ctx.backend)
-        grads = bwd(dy.contiguous(), *ctx.saved_tensors, need_dx, need_dweight or need_dbias, need_dgamma or need_dbeta)
+        grads = bwd(dy.contiguous(), *saved[:-1], need_dx, need_dweight or need_dbias, need_dgamma or need_dbeta)
         return *(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad[:5])), None, None, None, None
 
 
@@ -163,7 +163,7 @@ def depthwise_conv_norm(
     backend = _registry.select(OP, x, weight, bias, norm_weight, norm_bias).backend
     if backend == "eager":
         return reference(x, weight, bias, norm_weight, norm_bias, eps, compute_dtype, out_dtype)
-    x, weight = x.contiguous(), weight.contiguous()
+    x, weight, bias, norm_weight, norm_bias = map(dense, (x, weight, bias, norm_weight, norm_bias))
     if not needs_grad(x, weight, bias, norm_weight, norm_bias):
         fwd = _registry.raw("depthwise_conv_norm_fwd", backend)
         return fwd(x, weight, bias, norm_weight, norm_bias, eps, compute_dtype, out_dtype, False)[0]

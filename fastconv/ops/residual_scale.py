@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from . import _registry
-from ._checks import check_device, check_float, check_vector
+from ._checks import check_device, check_float, check_vector, dense
 from ._function import first_order_only, needs_grad
 
 OP = "residual_scale"
@@ -101,10 +101,10 @@ class ResidualScale(torch.autograd.Function):
 
     @staticmethod
     @first_order_only(OP)
-    def backward(ctx, dout):
+    def backward(ctx, saved, dout):
         if dout is None:
             return (None,) * 6
-        y, gamma, mask = ctx.saved_tensors
+        y, gamma, mask = saved
         need_dshortcut, need_dy, need_dgamma = ctx.needs_input_grad[:3]
         dy = dgamma = None
         if need_dy or need_dgamma:
@@ -151,7 +151,7 @@ def residual_scale(
     N, C = y.shape[0], y.shape[-1]
     mask = None if mask is None else mask.reshape(-1).expand(N).contiguous()
     flat = (N, y[0].numel() // C if N and C else 0, C)
-    args = (shortcut.contiguous().view(flat), y.contiguous().view(flat), gamma, mask, dtype)
+    args = (shortcut.contiguous().view(flat), y.contiguous().view(flat), dense(gamma), mask, dtype)
     if needs_grad(shortcut, y, gamma):
         return ResidualScale.apply(*args, backend).view(shortcut.shape)
     return _registry.raw("residual_scale_fwd", backend)(*args).view(shortcut.shape)

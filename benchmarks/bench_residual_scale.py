@@ -1,0 +1,2 @@
+def test_residual_scale(bench_op, shape):
+    bench_op("residual_scale", shape)

@@ -1,0 +1,84 @@
+"""What the benchmarks of the ops share: the shapes, the entrants, the gate before the timing and the floor."""
+
+from __future__ import annotations
+
+import torch
+from interleaved import Clock, compiled
+
+from fastconv import ops, testing
+from fastconv.ops._registry import hub
+
+# The four stages of ConvNeXt-T at 224 x 224 pixels, as (H = W, C).
+STAGES = ((56, 96), (28, 192), (14, 384), (7, 768))
+SMOKE = ((6, 16),)
+PASSES = ("inference", "forward", "backward")
+# Where an NCHW model holds its tensors as NCHW: the rest of a block works on the permuted, channels-last result.
+NCHW = {"depthwise_conv": ("x", "dout"), "depthwise_conv_norm": ("x",), "residual_scale": ("shortcut", "dout")}
+
+
+def as_nchw(tensor: torch.Tensor) -> torch.Tensor:
+    """The same logical NHWC tensor with the strides of NCHW."""
+    return tensor.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+
+
+def relaid(op: str, inputs: testing.Inputs) -> testing.Inputs:
+    tensors = {name: as_nchw(t) if name in NCHW[op] else t for name, t in inputs.tensors.items()}
+    return inputs._replace(tensors=tensors, dout=as_nchw(inputs.dout) if "dout" in NCHW[op] else inputs.dout)
+
+
+def gate(case: testing.Case, dtype: torch.dtype, inputs: testing.Inputs, entrants: dict) -> None:
+    """Assert that each entrant gives the right result and gradients at the very shape that is timed."""
+    truth = testing.truth_of(case.op, inputs)
+    eager = testing.run(hub(case.op).reference, inputs)
+    for entrant, function in entrants.items():
+        actual = testing.run(function, inputs)
+        for name in truth:
+            name_in_full = f"{case.op} {case} {entrant}: {name}"
+            testing.assert_matches(actual[name], eager[name], truth[name], grad=name != "out", dtype=dtype, name=name_in_full)
+
+
+def entrant(function, inputs: testing.Inputs):
+    """A lap: inference, then forward and backward of a training step, each timed by itself."""
+    leaves = {n: t if t is None or n in inputs.constant else t.detach().requires_grad_() for n, t in inputs.tensors.items()}
+    wanted = [t for t in leaves.values() if t is not None and t.requires_grad]
+
+    def lap(clock: Clock) -> dict[str, float]:
+        with torch.no_grad():
+            _, inference = clock(lambda: function(**leaves, **inputs.options))
+        out, forward = clock(lambda: function(**leaves, **inputs.options))
+        _, backward = clock(lambda: torch.autograd.grad(out, wanted, inputs.dout))
+        return dict(zip(PASSES, (inference, forward, backward)))
+
+    return lap
+
+
+def floors(case: testing.Case, dtype: torch.dtype, bandwidth: float) -> dict[str, float]:
+    """Milliseconds that the fewest bytes of each pass take at the measured bandwidth; none without the compiled module."""
+    try:
+        from fastconv import _C
+    except ImportError:
+        return {}
+    size = dtype.itemsize
+    args = (torch.Size(case.shape).numel(), size) if case.op == "residual_scale" else (*case.shape, case.K, size)
+    forward, backward = getattr(_C, f"{case.op}_bytes"), getattr(_C, f"{case.op}_bwd_bytes")
+    inference = getattr(_C, f"{case.op}_infer_bytes", forward)
+    return {name: 1e3 * count(*args) / bandwidth for name, count in zip(PASSES, (inference, forward, backward))}
+
+
+def race_op(op: str, shape: tuple[int, int], option, race, clock: Clock, bandwidth: float) -> None:
+    size, C = shape
+    batch = 2 if option("--smoke") else option("--batch-size") or (128 if clock.cuda else 8)
+    dtype = torch.bfloat16 if clock.cuda else torch.float32
+    case = testing.Case(op, (batch, size, size, C), K=7)
+    inputs = testing.make_inputs(case, dtype, clock.device)
+    ours, plain = getattr(ops, op), hub(op).reference
+    fused = {"ours": ours} if option("--no-compile") else {"ours": ours, "ours + compile": compiled(ours)}
+    gate(case, dtype, inputs, fused)
+
+    entrants = {"eager NCHW": entrant(plain, relaid(op, inputs)), "eager channels_last": entrant(plain, inputs)}
+    if not option("--no-compile"):  # in the layout that is faster without it
+        faster = min(entrants, key=lambda name: min(sum(entrants[name](clock).values()) for _ in range(3)))
+        entrants["compile"] = entrant(compiled(plain), relaid(op, inputs) if faster == "eager NCHW" else inputs)
+    entrants |= {name: entrant(function, inputs) for name, function in fused.items()}
+    facts = {"op": op, "dtype": str(dtype).removeprefix("torch."), "backend": ops.select(op, *inputs.tensors.values()).backend}
+    race(f"{op} {case}", entrants, option("--seconds"), floors(case, dtype, bandwidth), **facts)

@@ -1,0 +1,128 @@
+"""`patch` and its kin: swap the fused ops into a model that somebody else wrote, in place, and take them out again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+
+from torch import nn
+
+from . import huggingface, official, timm, torchvision
+from ._block import OPS, BlockRule, FastBlock
+from ._module import FastModule, Plan, current_fast_class, fast_class, make_sites, patchable_class, rebased, sites_of
+from ._report import NOT_PATCHED, Report, Site, Warned, _sites
+from ._verify import Verification, verify
+
+__all__ = ["Report", "Site", "Verification", "patch", "report", "unpatch", "verify"]
+
+RULES: tuple[BlockRule, ...] = (*timm.RULES, *torchvision.RULES, *huggingface.RULES, *official.RULES)  # the first that matches
+
+
+def _requested(ops: str | Iterable[str]) -> frozenset[str]:
+    names = OPS if ops == "auto" else (ops,) if isinstance(ops, str) else tuple(ops)
+    unknown = [n for n in names if n not in OPS]
+    if unknown:
+        raise ValueError(f'patch: ops must be "auto" or among {", ".join(OPS)}, got {", ".join(map(repr, unknown))}')
+    return frozenset(names)
+
+
+def patch(
+    model: nn.Module,
+    ops: str | Iterable[str] = "auto",
+    strict: bool = False,
+    filter_fn: Callable[[str, nn.Module], bool] | None = None,
+) -> Report:
+    """Make every block that fastconv knows run its fused ops, in place. The model keeps all that is the user's: parameters
+    and their names, hooks, random streams, dtypes under autocast, memory format, class names, checkpoints.
+
+    Args:
+        model: any module. Patch again in every process that unpickles the model: a saved model is a plain one.
+        ops: "auto" for all, or names ("depthwise_conv_norm", "residual_scale"). A later call decides anew for the blocks
+            that it covers.
+        strict: raise RuntimeError, changing nothing, where a block that fastconv recognises cannot be fused or none is
+            recognised, and later where a call cannot be.
+        filter_fn: only blocks for which filter_fn(name, module) is true.
+
+    Returns:
+        The Report of what runs fused and of what does not and why. Calls that fall back at run time, because of a shape,
+        a dtype, a device or a hook put in later, run the original code; the report counts them (outside torch.compile)
+        and a RuntimeWarning names each reason once.
+
+    Raises:
+        ValueError: an unknown op. RuntimeError: see strict.
+    """
+    requested = _requested(ops)
+    warned = Warned()
+    sites: list[Site] = []
+    swaps: list[tuple[nn.Module, type, dict[str, Site] | None]] = []
+    memo: dict = {}
+    for name, module in model.named_modules():
+        rule = _rule(module)
+        if rule is None or (filter_fn is not None and not filter_fn(name, module)):
+            continue
+        current = current_fast_class(module)
+        if current is not None and (current._fastconv.requested, current._fastconv.strict) == (requested, strict):
+            sites += _named(name, sites_of(module).values())
+            continue
+        base = patchable_class(type(module)) if current is None else current._fastconv.base
+        kind = type(module)
+        if current is not None:
+            module.__class__ = rebased(kind, current, base, memo)
+        layout, inspected = rule.inspect(module)
+        module.__class__ = kind
+        rows = tuple((op, *inspected[op]) for op in OPS if op in requested)
+        new = make_sites(name, module, rows, warned)
+        sites += new.values()
+        fused = any(status == "fused" for _, status, _ in rows)
+        target = fast_class(FastBlock, Plan(base, requested, strict, rows, layout)) if fused else base
+        swaps.append((module, rebased(kind, current or base, target, memo), new))
+    result = Report(sites)
+    if strict and (result.declined or not sites):
+        lines = "\n".join(f"  {s.name} ({s.type}): {s.op}: {s.reason}" for s in result.declined) or "  no block was recognised"
+        raise RuntimeError(f"fastconv.patch(strict=True): not every block can be fused, nothing was changed:\n{lines}")
+    for module, kind, new in swaps:
+        module.__class__ = kind
+        _sites[module] = new
+    return result
+
+
+def unpatch(model: nn.Module) -> nn.Module:
+    """Give every patched module its own class back. Returns the model.
+
+    Raises RuntimeError, changing nothing, where a class that fastconv cannot rebuild was put above the patched one.
+    """
+    memo: dict = {}
+    swaps = []
+    for module in model.modules():
+        current = current_fast_class(module)
+        if current is not None:
+            swaps.append((module, rebased(type(module), current, current._fastconv.base, memo)))
+        _sites.pop(module, None)
+    for module, kind in swaps:
+        module.__class__ = kind
+    return model
+
+
+def report(model: nn.Module) -> Report:
+    """The Report of a model as it is now: patched or not, a copy, or loaded from a file."""
+    sites: list[Site] = []
+    for name, module in model.named_modules():
+        if module in _sites or current_fast_class(module) is not None:
+            found = sites_of(module) if isinstance(module, FastModule) else _sites[module]
+            sites += _named(name, found.values())
+            continue
+        rule = _rule(module)
+        if rule is not None:
+            _, inspected = rule.inspect(module)
+            rows = [(op, "declined", reason if status == "declined" else NOT_PATCHED) for op, (status, reason) in inspected.items()]
+            sites += make_sites(name, module, rows, Warned()).values()
+    return Report(sites)
+
+
+def _rule(module: nn.Module) -> BlockRule | None:
+    return next((rule for rule in RULES if rule.matches(module)), None)
+
+
+def _named(name: str, sites: Iterable[Site]) -> list[Site]:
+    """These sites under the path that they have in the model asked about; the live ones where it is theirs."""
+    return [site if site.name == name else replace(site, name=name) for site in sites]

@@ -1,0 +1,173 @@
+"""The fused forward of a ConvNeXt block, whichever library wrote it; the rule files say which classes those are."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..ops import depthwise_conv_norm, is_disabled, residual_scale
+from ._analysis import BlockLayout, Unsupported, read_block
+from ._module import PLAIN, FastModule, bypass_reason, child_at, choose, sites_of
+
+OPS = ("depthwise_conv_norm", "residual_scale")
+
+
+@dataclass(frozen=True)
+class BlockRule:
+    """Classes of ConvNeXt blocks: `classes` of the module `defined_in`, looked up only if the user has imported it."""
+
+    defined_in: str
+    classes: tuple[str, ...]
+    drop_paths: tuple[str, ...] = ("drop_path",)
+    inline: tuple[str, ...] = ()  # children to read through, because the convolution lies inside
+    in_place: bool = False  # the sum is written over the branch
+    unsupported: str = ""  # why blocks of these classes are listed and not fused
+
+    def matches(self, module: nn.Module) -> bool:
+        library = sys.modules.get(self.defined_in)
+        return library is not None and isinstance(module, tuple(c for c in (getattr(library, n, None) for n in self.classes) if c))
+
+    def inspect(self, block: nn.Module) -> tuple[BlockLayout | None, dict[str, tuple[str, str]]]:
+        """The layout, and (status, reason) of each op. Without a layout every op is declined."""
+        reason = self.unsupported
+        if "forward" in block.__dict__:
+            reason = "its forward is replaced on the instance"
+        if not reason:
+            try:
+                return read_block(block, self.drop_paths, self.inline, self.in_place)
+            except Unsupported as error:
+                reason = str(error)
+        return None, dict.fromkeys(OPS, ("declined", reason))
+
+
+class FastBlock(FastModule):
+    """shortcut(x) + drop_path(gamma * body(norm(conv(x)))) with conv + norm as one op and all that follows body as another.
+
+    Parameters are read at each call, in the order and as often as the original reads them (a parametrization may hold
+    state); children that are not fused away are called, so that their hooks and adapters run.
+    """
+
+    def forward(self, *args, **kwargs):
+        # disabled(): nothing is counted. Traced graphs get torch's own operators, so that they run without fastconv.
+        if is_disabled() or torch.jit.is_tracing() or torch.compiler.is_exporting():
+            return super().forward(*args, **kwargs)
+        layout = self._fastconv.layout
+        x = args[0] if len(args) == 1 and not kwargs else None
+        reason = _input_reason(x)
+        head = choose(self, "depthwise_conv_norm", reason or _head_reason(self, layout, x), x)
+        tail = choose(self, "residual_scale", reason or _tail_reason(self, layout, x), x)
+        if not head and not tail:
+            return super().forward(*args, **kwargs)
+        y = _fused_head(self, layout, x) if head else _plain_head(self, layout, x)
+        for step in layout.body:
+            if step in ("nchw", "nhwc"):
+                y = y.permute(0, 3, 1, 2) if step == "nchw" else y.permute(0, 2, 3, 1)
+            else:
+                y = child_at(self, step)(y)
+        return _fused_tail(self, layout, x, y) if tail else _plain_tail(self, layout, x, y)
+
+
+def _input_reason(x) -> str:
+    """Why no op can run on this input, or "". A reason is a fixed text, and what it tests can be a guard of torch.compile."""
+    if x is None:
+        return "called with other arguments than one tensor"
+    if type(x) not in PLAIN:
+        return f"the input is a {type(x).__name__}"
+    return "" if x.dim() == 4 else "the input is not (N, C, H, W)"
+
+
+def _parameter_reason(path: str, parameter: torch.Tensor | None, x: torch.Tensor) -> str:
+    if parameter is None:  # none, or parametrized: computing that here would compute it twice
+        return ""
+    if type(parameter) not in PLAIN:
+        return f"the parameter of {path} is a {type(parameter).__name__}"
+    return "" if parameter.device == x.device else f"the input and {path} are on different devices"
+
+
+def _head_reason(block: FastBlock, layout: BlockLayout, x: torch.Tensor) -> str:
+    reason = bypass_reason(block, layout.head_kinds)
+    if reason:
+        return reason
+    conv, norm = child_at(block, layout.conv), child_at(block, layout.norm)
+    weight, norm_weight = conv._parameters.get("weight"), norm._parameters.get("weight")
+    reason = _parameter_reason(layout.conv, weight, x) or _parameter_reason(layout.norm, norm_weight, x)
+    if reason or x.shape[1] != conv.in_channels:
+        return reason or "the input does not have the block's channels"
+    compute_dtype = _autocast_dtype(x)
+    if compute_dtype is None:
+        same = (weight is None or weight.dtype == x.dtype) and (norm_weight is None or norm_weight.dtype == x.dtype)
+        return "" if same else "input, convolution and norm have different dtypes"
+    if x.dtype == torch.float64 or (norm_weight is not None and norm_weight.dtype not in (torch.float32, compute_dtype)):
+        return "autocast does not cast this mixture of dtypes"
+    return ""
+
+
+def _tail_reason(block: FastBlock, layout: BlockLayout, x: torch.Tensor) -> str:
+    gamma = block._parameters.get(layout.gamma) if layout.gamma else None
+    return bypass_reason(block, layout.tail_kinds) or _parameter_reason(layout.gamma, gamma, x)
+
+
+def _autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
+    device = x.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
+def _norm_dtype(block: FastBlock, layout: BlockLayout, device: str, compute_dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the norm's output under autocast. Autocast runs LayerNorm in float32, except on the CPU. Where the next
+    operation casts its input to autocast's dtype, and nobody looks on, the output is written in that dtype at once."""
+    if device == "cpu" or (layout.consumer_kinds and not bypass_reason(block, layout.consumer_kinds)):
+        return compute_dtype
+    return torch.float32
+
+
+def _fused_head(block: FastBlock, layout: BlockLayout, x: torch.Tensor) -> torch.Tensor:
+    """norm(conv(x)) as (N, H, W, C)."""
+    conv, norm = child_at(block, layout.conv), child_at(block, layout.norm)
+    x = x.permute(0, 2, 3, 1)
+    if not torch.compiler.is_compiling() and not x.is_contiguous():
+        sites_of(block)["depthwise_conv_norm"].copies += 1
+    compute_dtype = _autocast_dtype(x)
+    out_dtype = None if compute_dtype is None else _norm_dtype(block, layout, x.device.type, compute_dtype)
+    parameters = conv.weight, conv.bias, norm.weight, norm.bias
+    return depthwise_conv_norm(x, *parameters, norm.eps, compute_dtype=compute_dtype, out_dtype=out_dtype)
+
+
+def _plain_head(block: FastBlock, layout: BlockLayout, x: torch.Tensor) -> torch.Tensor:
+    y = child_at(block, layout.conv)(x)
+    if layout.norm_view == "nchw":
+        return child_at(block, layout.norm)(y).permute(0, 2, 3, 1)
+    return child_at(block, layout.norm)(y.permute(0, 2, 3, 1))
+
+
+def _fused_tail(block: FastBlock, layout: BlockLayout, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    gamma = _gamma(block, layout)
+    dtype = y.dtype if gamma is None else torch.promote_types(y.dtype, gamma.dtype)
+    mask = None
+    if layout.drop_path:
+        drop_path = child_at(block, layout.drop_path)
+        if drop_path.training and type(drop_path) is not nn.Identity:
+            # The model's own module draws the mask, in the shape and dtype in which it would: its random stream stays.
+            ones = torch.ones((y.shape[0], 1, 1, 1), dtype=dtype, device=y.device)
+            mask = drop_path(ones)
+            mask = None if mask is ones else mask
+    shortcut = child_at(block, layout.shortcut)(x) if layout.shortcut else x
+    out = residual_scale(shortcut.permute(0, 2, 3, 1), y, gamma, mask).permute(0, 3, 1, 2)
+    return out.to(dtype) if layout.in_place else out
+
+
+def _plain_tail(block: FastBlock, layout: BlockLayout, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    gamma = _gamma(block, layout)
+    y = (y if gamma is None else y * gamma).permute(0, 3, 1, 2)
+    if layout.drop_path:
+        y = child_at(block, layout.drop_path)(y)
+    shortcut = child_at(block, layout.shortcut)(x) if layout.shortcut else x
+    return y.add_(shortcut) if layout.in_place else y + shortcut
+
+
+def _gamma(block: FastBlock, layout: BlockLayout) -> torch.Tensor | None:
+    return getattr(block, layout.gamma).reshape(-1) if layout.gamma else None

@@ -1,0 +1,302 @@
+"""The contract that every backend of every op is held to: cases, inputs, the tolerance rule and `check_op`.
+
+Tests, benchmarks and ahead-of-time compilation all take their cases from here. No test framework is imported.
+
+    for case in CASES["depthwise_conv"]:
+        check_op(case, torch.float32, "triton", device="cuda")
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from . import ops
+from .ops._registry import FLOAT_DTYPES, NAMESPACES, hub, select, use_backend
+
+# Absolute part of the bound, relative to rms(truth): about 8 units of roundoff of a stored result. The maximum gets 4x.
+ATOL = {torch.float64: 1e-13, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+FACTOR_OUTPUT, FACTOR_GRADIENT, FACTOR_MAXIMUM = 2, 3, 4
+
+
+class Case(NamedTuple):
+    """One call of an op. The dtype is given apart; `wide` names the tensors that are float32 whatever it is."""
+
+    op: str
+    shape: tuple[int, ...]  # of the first argument, channels last
+    K: int = 7
+    without: tuple[str, ...] = ()  # optional arguments left out
+    wide: tuple[str, ...] = ()
+    mask: str = "image"  # residual_scale: one value an "image", or "one" for all
+    scale: float = 1.0  # standard deviation of the first argument
+    offset: float = 0.0  # added to bias: a mean far from zero
+    dtypes: tuple[torch.dtype, ...] = FLOAT_DTYPES
+
+    @property
+    def C(self) -> int:
+        return self.shape[-1]
+
+    def __str__(self) -> str:
+        parts = ["x".join(map(str, self.shape))]
+        if self.op != "residual_scale":
+            parts.append(f"k{self.K}")
+        elif self.mask != "image":
+            parts.append(f"mask_{self.mask}")
+        parts += [f"no_{name}" for name in self.without]
+        if self.wide:
+            parts.append("wide_" + "+".join(self.wide))
+        if self.scale != 1:
+            parts.append(f"scale{self.scale:g}")
+        if self.offset:
+            parts.append(f"offset{self.offset:g}")
+        return "-".join(parts)
+
+
+class Inputs(NamedTuple):
+    tensors: dict[str, torch.Tensor | None]  # by argument name
+    options: dict  # keyword arguments that are not tensors
+    dout: torch.Tensor  # gradient of the result
+    constant: tuple[str, ...] = ()  # tensors that get no gradient
+
+
+def _conv_cases(op: str) -> list[Case]:
+    norm = op == "depthwise_conv_norm"
+    params = ("weight", "norm") if norm else ("weight",)
+    cases = [
+        Case(op, (2, 7, 7, 768)),
+        Case(op, (1, 8, 14, 32)),  # whole tiles: rows of 8, strips of 14, blocks of 16 channels
+        Case(op, (2, 9, 15, 33)),  # one past each of them
+        Case(op, (1, 17, 29, 17)),
+        Case(op, (3, 14, 5, 96)),
+        Case(op, (5, 3, 7, 130)),
+        Case(op, (3, 5, 11, 33), K=5),
+        Case(op, (2, 16, 8, 65), K=3),
+        Case(op, (1, 6, 5, 3), K=9),
+        Case(op, (1, 15, 4, 20), K=13),
+        Case(op, (2, 4, 9, 48), K=1),
+        Case(op, (3, 1, 1, 64)),
+        Case(op, (2, 1, 23, 16)),
+        Case(op, (2, 23, 1, 16), K=5),
+        Case(op, (4, 2, 3, 24)),  # a map smaller than the kernel
+        Case(op, (2, 9, 7, 1), K=3),
+        Case(op, (70, 2, 3, 17), K=3),  # more bands of rows than partial sums
+        Case(op, (0, 8, 6, 16)),
+        Case(op, (2, 0, 5, 8), K=3),
+        Case(op, (1, 10, 12, 40), without=("bias",)),
+        Case(op, (2, 8, 9, 32), wide=("x", *params, "out")),  # autocast, float32 residual stream
+        Case(op, (2, 6, 9, 24), wide=params),  # autocast after a half-precision producer
+        Case(op, (2, 6, 9, 24), K=5, wide=("x",)),  # half parameters, float32 x
+    ]
+    if norm:
+        cases += [
+            Case(op, (2, 6, 9, 24), K=3, wide=("norm",)),
+            Case(op, (2, 6, 9, 24), wide=("weight",)),
+            Case(op, (1, 6, 7, 32), K=3, scale=1e-3, without=("bias",)),  # eps is as large as the variance
+            Case(op, (1, 6, 7, 32), K=3, offset=1e3, dtypes=(torch.float32, torch.float64)),  # mean far above the deviation
+        ]
+    return cases
+
+
+def _residual_scale_cases() -> list[Case]:
+    op = "residual_scale"
+    return [
+        Case(op, (2, 7, 7, 768)),
+        Case(op, (2, 9, 15, 33)),
+        Case(op, (1, 17, 29, 17)),
+        Case(op, (3, 14, 5, 96)),
+        Case(op, (3, 1400, 7)),  # more runs of 64 pixels than partial sums
+        Case(op, (2, 67, 1030)),  # more channels than one block holds
+        Case(op, (3, 50, 24)),
+        Case(op, (6, 40)),
+        Case(op, (3, 1, 1, 64)),
+        Case(op, (5, 2, 1, 3)),
+        Case(op, (4, 3, 2, 1)),
+        Case(op, (0, 8, 6, 16)),
+        Case(op, (2, 0, 5, 8)),
+        Case(op, (2, 5, 6, 31), without=("mask",)),
+        Case(op, (4, 5, 6, 31), without=("gamma",)),
+        Case(op, (4, 5, 6, 31), without=("gamma", "mask")),
+        Case(op, (3, 5, 6, 48), mask="one"),
+        Case(op, (2, 5, 6, 32), wide=("shortcut",)),
+        Case(op, (2, 5, 6, 32), wide=("shortcut", "gamma")),  # autocast, as ConvNeXt runs it
+        Case(op, (2, 5, 6, 33), wide=("y", "mask")),
+        Case(op, (2, 5, 6, 17), wide=("gamma",), without=("mask",)),
+    ]
+
+
+CASES: dict[str, list[Case]] = {
+    "depthwise_conv": _conv_cases("depthwise_conv"),
+    "depthwise_conv_norm": _conv_cases("depthwise_conv_norm"),
+    "residual_scale": _residual_scale_cases(),
+}
+
+
+def make_inputs(case: Case, dtype: torch.dtype, device="cpu", seed: int = 0) -> Inputs:
+    """Random inputs of a case: the same numbers on every device, and up to rounding in every dtype."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(name: str, *shape: int, mean: float = 0.0, std: float = 1.0) -> torch.Tensor | None:
+        values = mean + std * torch.randn(shape, generator=generator, dtype=torch.float64)
+        return None if name in case.without else values.to(device, _dtype_of(case, name, dtype))
+
+    if case.op == "residual_scale":
+        N, C = case.shape[0], case.C
+        mask_shape = [1 if case.mask == "one" else N] + [1] * (len(case.shape) - 1)
+        tensors = {
+            "shortcut": randn("shortcut", *case.shape),
+            "y": randn("y", *case.shape),
+            "gamma": randn("gamma", C, mean=0.5),
+            "mask": randn("mask", *mask_shape, mean=1.5, std=0.25),
+        }
+        if tensors["mask"] is not None and N > 1 and case.mask == "image":
+            tensors["mask"][0] = 0  # a dropped image
+        out_dtype = hub(case.op).out_dtype(**tensors)
+        return Inputs(tensors, {}, randn("dout", *case.shape).to(out_dtype), constant=("mask",))
+    C, K = case.C, case.K
+    tensors = {
+        "x": randn("x", *case.shape, std=case.scale),
+        "weight": randn("weight", C, 1, K, K, std=1 / K),
+        "bias": randn("bias", C, mean=case.offset),
+    }
+    if case.op == "depthwise_conv_norm":
+        tensors["norm_weight"] = randn("norm", C, mean=1.0, std=0.5)
+        tensors["norm_bias"] = randn("norm", C, std=0.5)
+    out_dtype = _dtype_of(case, "out", dtype)
+    options = {"compute_dtype": dtype, "out_dtype": out_dtype} if case.wide else {}
+    return Inputs(tensors, options, randn("dout", *case.shape).to(out_dtype))
+
+
+def _dtype_of(case: Case, name: str, dtype: torch.dtype) -> torch.dtype:
+    wide = name in case.wide or (name == "bias" and "weight" in case.wide)
+    return torch.float32 if wide and dtype != torch.float64 else dtype
+
+
+def run(function: Callable, inputs: Inputs, wanted: tuple[str, ...] | None = None) -> dict[str, torch.Tensor | None]:
+    """Result ("out") and gradients ("dx", "dweight", ...) of a call; `wanted` names the tensors that require one."""
+    if wanted is None:
+        wanted = tuple(name for name, tensor in inputs.tensors.items() if tensor is not None and name not in inputs.constant)
+    leaves = {name: None if t is None else t.detach().requires_grad_(name in wanted) for name, t in inputs.tensors.items()}
+    out = function(**leaves, **inputs.options)
+    grads = torch.autograd.grad(out, [leaves[name] for name in wanted], inputs.dout) if wanted else ()
+    return {"out": out.detach(), **{f"d{name}": grad for name, grad in zip(wanted, grads)}}
+
+
+def truth_of(op: str, inputs: Inputs) -> dict[str, torch.Tensor | None]:
+    """The reference in float64 on the CPU."""
+    tensors = {name: None if t is None else t.detach().cpu().double() for name, t in inputs.tensors.items()}
+    options = {k: v for k, v in inputs.options.items() if k not in ("compute_dtype", "out_dtype")}
+    return run(hub(op).reference, Inputs(tensors, options, inputs.dout.cpu().double(), inputs.constant))
+
+
+@contextlib.contextmanager
+def poisoned() -> Iterator[None]:
+    """Memory from torch.empty and its kin holds NaN inside the block, so that a value never written shows."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+class RawCalls(TorchDispatchMode):
+    """Records (overload, arguments, results) of every raw op of this package that runs inside the block."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        results = func(*args, **(kwargs or {}))
+        if func.namespace in NAMESPACES.values():
+            self.calls.append((func, args, results if isinstance(results, tuple) else (results,)))
+        return results
+
+
+def _rms(tensor: torch.Tensor) -> float:
+    return tensor.square().mean().sqrt().item()
+
+
+def _errors(actual: torch.Tensor, truth: torch.Tensor) -> tuple[float, float]:
+    """Root-mean-square and largest error."""
+    difference = actual.detach().cpu().double() - truth
+    return _rms(difference), difference.abs().max().item()
+
+
+def violation(actual, eager, truth, *, grad: bool, dtype: torch.dtype) -> str:
+    """How `actual` breaks the tolerance rule, or "".
+
+    error(actual) <= factor * error(eager) + atol[dtype] * rms(truth), error against the float64 truth; the factor is 2
+    for outputs and 3 for gradients. It holds for the root-mean-square error (over rms(truth) that is the relative L2
+    error), and for the largest error with 4 times the atol.
+    """
+    if truth.numel() == 0:
+        return ""
+    if not torch.isfinite(actual).all():
+        return f"{(~torch.isfinite(actual)).sum().item()} of {actual.numel()} values are not finite"
+    rms = _rms(truth)
+    factor = FACTOR_GRADIENT if grad else FACTOR_OUTPUT
+    pairs = zip(("rms", "maximum"), _errors(actual, truth), _errors(eager, truth), (1, FACTOR_MAXIMUM))
+    for what, error, eager_error, atol_factor in pairs:
+        bound = factor * eager_error + ATOL[dtype] * atol_factor * rms
+        if not error <= bound:
+            return f"{what} error {error:.3g} exceeds {bound:.3g} (eager's own: {eager_error:.3g}, rms of the truth: {rms:.3g})"
+    return ""
+
+
+def assert_matches(actual, eager, truth, *, grad: bool, dtype: torch.dtype, name: str = "out") -> None:
+    """Assert the tolerance rule (see `violation`), and that shape and dtype are eager's. `dtype` is that of the products."""
+    assert actual.shape == eager.shape == truth.shape, f"{name}: shape {tuple(actual.shape)}, eager has {tuple(eager.shape)}"
+    assert actual.dtype == eager.dtype, f"{name}: dtype {actual.dtype}, eager has {eager.dtype}"
+    message = violation(actual, eager, truth, grad=grad, dtype=dtype)
+    assert not message, f"{name}: {message}"
+
+
+def faults(case: Case, inputs: Inputs, truth: dict[str, torch.Tensor]) -> Iterator[tuple[str, str, torch.Tensor]]:
+    """Wrong results that the rule must reject, as (fault, tensor, values): all zero, one channel off, taps or scales moved."""
+    for name, values in truth.items():
+        yield "zero", name, torch.zeros_like(values)
+        off = values.clone()
+        (off if name == "dweight" else off.movedim(-1, 0))[-1:] += _rms(values) if values.numel() else 0
+        yield "one channel", name, off
+    tensors = dict(inputs.tensors)
+    if case.op == "residual_scale":
+        moved = [("gamma", (0,), ("out", "dy")), ("mask", (0,), ("out", "dy", "dgamma"))]
+    else:
+        affected = ("out", "dx") if case.op == "depthwise_conv" else truth.keys() - {"dweight", "dbias", "dnorm_bias"}
+        moved = [("weight", (2, 3), affected)]
+        yield "moved", "dweight", truth["dweight"].roll((1, 1), (2, 3))
+    for name, dims, affected in moved:
+        if tensors[name] is not None:
+            tensors_moved = {**tensors, name: tensors[name].roll([1] * len(dims), dims)}
+            wrong = truth_of(case.op, inputs._replace(tensors=tensors_moved))
+            for tensor in affected:
+                if tensor in truth:
+                    yield "moved", tensor, wrong[tensor]
+
+
+def check_op(case: Case, dtype: torch.dtype, backend: str, device="cpu", seed: int = 0) -> set[tuple[str, str]]:
+    """Assert the contract for one call: result and every gradient of `backend` against the float64 truth.
+
+    Asserts too that the bound of this very call rejects each of `faults`, and returns those (fault, tensor).
+    """
+    inputs = make_inputs(case, dtype, device, seed)
+    truth = truth_of(case.op, inputs)
+    eager = run(hub(case.op).reference, inputs)
+    with use_backend(backend), poisoned():
+        assert select(case.op, *inputs.tensors.values()).backend == backend
+        actual = run(getattr(ops, case.op), inputs)
+    for name in truth:
+        assert_matches(actual[name], eager[name], truth[name], grad=name != "out", dtype=dtype, name=f"{case.op} {case} {name}")
+    rejected = set()
+    for fault, name, wrong in faults(case, inputs, truth):
+        if torch.allclose(wrong, truth[name], rtol=0, atol=1e-9):  # nothing to lose or to move, as with K = 1
+            continue
+        message = violation(wrong, eager[name], truth[name], grad=name != "out", dtype=dtype)
+        assert message, f"{case.op} {case} {name}: the bound lets the fault {fault!r} pass"
+        rejected.add((fault, name))
+    return rejected

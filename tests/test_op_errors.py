@@ -1,0 +1,161 @@
+"""Wrong arguments: the type of the error, and that its message names op, argument, requirement and value."""
+
+import re
+
+import pytest
+import torch
+
+from fastconv import ops, use_backend
+from fastconv.ops._registry import OPS
+from fastconv.testing import CASES, RawCalls, make_inputs, run
+
+CONV = ("depthwise_conv", "depthwise_conv_norm")
+f32, f64, half = torch.float32, torch.float64, torch.bfloat16
+
+
+def arguments(op, **changed):
+    C = 6
+    tensors = {"x": (2, 5, 4, C), "weight": (C, 1, 3, 3), "bias": (C,), "norm_weight": (C,), "norm_bias": (C,)}
+    if op == "residual_scale":
+        tensors = {"shortcut": (2, 5, 4, C), "y": (2, 5, 4, C), "gamma": (C,), "mask": (2, 1, 1, 1)}
+    elif op == "depthwise_conv":
+        tensors = dict(list(tensors.items())[:3])
+    made = {name: torch.zeros(changed.pop(name) if isinstance(changed.get(name), tuple) else shape) for name, shape in tensors.items()}
+    for name, value in changed.items():
+        made[name] = made[name].to(value) if isinstance(value, torch.dtype) and name in made else value
+    return made
+
+
+# op, what is wrong, exception, what the message names (besides the op)
+WRONG = [
+    *((op, *row) for op in CONV for row in (
+        ({"x": (5, 4, 6)}, ValueError, ("x must be (N, H, W, C)", "(5, 4, 6)", "x[None]")),
+        ({"x": (1, 2, 5, 4, 6)}, ValueError, ("x must be (N, H, W, C)", "(1, 2, 5, 4, 6)")),
+        ({"x": (2, 6, 5, 4)}, ValueError, ("weight must be (C, 1, K, K)", "C=4", "(6, 1, 3, 3)", "permute")),
+        ({"weight": (6, 2, 3, 3)}, ValueError, ("weight must be (C, 1, K, K)", "(6, 2, 3, 3)")),
+        ({"weight": (6, 3, 3)}, ValueError, ("weight must be (C, 1, K, K)", "(6, 3, 3)")),
+        ({"weight": (6, 1, 4, 4)}, ValueError, ("weight", "odd", "4 x 4", "conv2d")),
+        ({"weight": (6, 1, 3, 5)}, ValueError, ("weight", "square", "3 x 5")),
+        ({"weight": (6, 1, 0, 0)}, ValueError, ("weight", "odd", "0 x 0")),
+        ({"bias": (5,)}, ValueError, ("bias must be (C,)", "C=6", "(5,)")),
+        ({"bias": (6, 1)}, ValueError, ("bias must be (C,)", "(6, 1)")),
+        ({"x": torch.int64}, TypeError, ("x must be one of", "float32", "torch.int64", "x.float()")),
+        ({"x": torch.bool}, TypeError, ("x must be one of", "torch.bool")),
+        ({"x": torch.complex64}, TypeError, ("x must be one of", "torch.complex64")),
+        ({"weight": torch.int8}, TypeError, ("weight must be one of", "torch.int8")),
+        ({"bias": torch.int32}, TypeError, ("bias must be one of", "torch.int32")),
+        ({"x": half}, TypeError, ("weight must have the dtype of x", "bfloat16", "float32", "compute_dtype=")),
+        ({"weight": half, "bias": half}, TypeError, ("weight must have the dtype of x", "bfloat16")),
+        ({"bias": half}, TypeError, ("bias must have the dtype of weight", "float32", "bfloat16")),
+        ({"x": f64, "compute_dtype": f32}, TypeError, ("float64 cannot be mixed", "float32")),
+        ({"out_dtype": f64}, TypeError, ("float64 cannot be mixed", "float32")),
+        ({"compute_dtype": torch.int32}, TypeError, ("compute_dtype must be one of", "int32")),
+        ({"out_dtype": torch.complex64}, TypeError, ("out_dtype must be one of", "complex64")),
+        ({"x": [1.0]}, TypeError, ("x must be a torch.Tensor", "list")),
+        ({"weight": None}, TypeError, ("weight must be a torch.Tensor", "NoneType")),
+        ({"weight": "meta"}, ValueError, ("weight must be on the device", "cpu", "meta", ".to('cpu')")),
+        ({"bias": "meta"}, ValueError, ("bias must be on the device", "cpu", "meta")),
+    )),
+    *(("depthwise_conv_norm", *row) for row in (
+        ({"norm_weight": None}, ValueError, ("norm_weight must be (C,)", "None", "ones")),
+        ({"norm_bias": None}, ValueError, ("norm_bias must be (C,)", "None")),
+        ({"norm_weight": (7,)}, ValueError, ("norm_weight must be (C,)", "C=6", "(7,)")),
+        ({"norm_bias": (6, 6)}, ValueError, ("norm_bias must be (C,)", "(6, 6)")),
+        ({"norm_weight": torch.int64}, TypeError, ("norm_weight must be one of", "int64")),
+        ({"norm_bias": half}, TypeError, ("norm_bias must have the dtype of norm_weight", "float32", "bfloat16")),
+        ({"norm_weight": f64, "norm_bias": f64}, TypeError, ("float64 cannot be mixed", "float32", "norm_weight")),
+        ({"norm_weight": "meta"}, ValueError, ("norm_weight must be on the device", "meta")),
+        ({"norm_bias": "meta"}, ValueError, ("norm_bias must be on the device", "meta")),
+    )),
+    *(("residual_scale", *row) for row in (
+        ({"shortcut": (6,), "y": (6,)}, ValueError, ("shortcut must be (N, ..., C)", "(6,)")),
+        ({"y": (2, 5, 1, 6)}, ValueError, ("y must have the shape of shortcut", "(2, 5, 4, 6)", "(2, 5, 1, 6)")),
+        ({"gamma": (5,)}, ValueError, ("gamma must be (C,)", "C=6", "(5,)")),
+        ({"gamma": (6, 1, 1)}, ValueError, ("gamma must be (C,)", "(6, 1, 1)")),
+        ({"mask": (3, 1, 1, 1)}, ValueError, ("mask must hold one value", "N=2", "(3, 1, 1, 1)")),
+        ({"mask": (1, 1, 1, 2)}, ValueError, ("mask must hold one value", "N=2", "(1, 1, 1, 2)")),
+        ({"mask": torch.zeros(2, 1, 1, 1, requires_grad=True)}, ValueError, ("mask must not require a gradient", "detach")),
+        ({"mask": torch.bool}, TypeError, ("mask must be one of", "bool")),
+        ({"shortcut": torch.int32}, TypeError, ("shortcut must be one of", "int32")),
+        ({"y": torch.int32}, TypeError, ("y must be one of", "int32")),
+        ({"gamma": f64}, TypeError, ("float64 cannot be mixed", "float32")),
+        ({"y": "meta"}, ValueError, ("y must be on the device", "cpu", "meta")),
+        ({"gamma": "meta"}, ValueError, ("gamma must be on the device", "meta")),
+        ({"mask": "meta"}, ValueError, ("mask must be on the device", "meta")),
+    )),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("op, changed, error, words", WRONG)
+@pytest.mark.parametrize("backend", (None, "eager"))
+def test_wrong_arguments(op, changed, error, words, backend):
+    given = arguments(op, **{name: value for name, value in changed.items() if value != "meta"})
+    given.update({name: given[name].to("meta") for name, value in changed.items() if isinstance(value, str)})
+    with use_backend(backend), pytest.raises(error) as raised:
+        getattr(ops, op)(**given)
+    message = str(raised.value)
+    assert type(raised.value) is error
+    assert message.startswith(f"{op}: ")
+    missing = [word for word in words if word not in message]
+    assert not missing, f"{message!r} does not name {missing}"
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("op", sorted(OPS))
+def test_right_arguments_are_accepted(op):
+    """The table above starts from a call that works."""
+    given = arguments(op)
+    assert getattr(ops, op)(**given).shape == next(iter(given.values())).shape
+
+
+def raw_calls(op):
+    """Valid direct calls of the raw ops, forward and backward: (overload, arguments)."""
+    case = next(c for c in CASES[op] if not c.without and not c.wide and 1 < c.C < 64 and c.K == 7)
+    with use_backend("cpu"), RawCalls() as recorded:
+        run(getattr(ops, op), make_inputs(case, f32))
+    return [(func, args) for func, args, _ in recorded.calls]
+
+
+def damaged(tensor):
+    """Versions of a tensor that no kernel may touch, by what is wrong."""
+    yield "dtype", tensor.to(torch.int32)
+    yield "float64", tensor.double()
+    yield "rank", tensor[None]
+    yield "scalar", tensor.flatten()[0]
+    yield "short", tensor[:-1] if tensor.dim() == 1 else tensor[..., :-1].contiguous()
+    yield "long", torch.cat([tensor, tensor], -1)
+    if tensor.dim() > 1:
+        yield "strides", tensor.transpose(0, -1).contiguous().transpose(0, -1)
+        yield "expanded", tensor.flatten()[0].expand_as(tensor)
+    if tensor.dim() == 4 and tensor.shape[-1] == tensor.shape[-2]:
+        yield "even kernel", tensor[..., :-1, :-1].contiguous()
+
+
+@pytest.mark.parametrize("op", sorted(OPS))
+def test_raw_ops_defend_themselves(op):
+    """torch.ops can be called directly: what does not fit raises, it never reads or writes out of bounds."""
+    checked = 0
+    for func, args in raw_calls(op):
+        func(*args)
+        schema = [argument.name for argument in func._schema.arguments]
+        for index, arg in enumerate(args):
+            if not isinstance(arg, torch.Tensor):
+                continue
+            for wrong, tensor in damaged(arg):
+                if wrong in ("strides", "expanded") and tensor.is_contiguous():
+                    continue
+                try:
+                    func(*args[:index], tensor, *args[index + 1 :])
+                except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
+                    assert re.search(rf"{op}|{schema[index]}", str(error)), error
+                    checked += 1
+                else:
+                    pytest.fail(
+                        f"{func} accepted {schema[index]} with wrong {wrong}: {tuple(tensor.shape)} {tensor.dtype} {tensor.stride()}"
+                    )
+        for index, arg in enumerate(args):
+            if isinstance(arg, torch.dtype):
+                with pytest.raises(RuntimeError, match=op):
+                    func(*args[:index], torch.int32, *args[index + 1 :])
+                checked += 1
+    assert checked > 20

@@ -1,0 +1,289 @@
+"""The Triton kernels on the CPU, run by Triton's interpreter. test_triton_interpreter.py starts this in a process of its own."""
+# ruff: noqa: E402
+
+import importlib.util
+import itertools
+import os
+import pathlib
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+assert os.environ.get("TRITON_INTERPRET") == "1", "run tests/test_triton_interpreter.py, which sets TRITON_INTERPRET"
+sys.path.insert(0, str(pathlib.Path(__file__).parent))  # under pytest's importlib mode it is not there
+
+import triton_interpreter_fixes
+from triton.runtime import interpreter
+from triton.runtime.errors import InterpreterError
+
+import fastconv.triton_kernels
+from fastconv import ops, use_backend
+from fastconv.ops._registry import OPS, hub
+from fastconv.testing import CASES, Case, RawCalls, check_op, make_inputs, poisoned, run, truth_of
+from fastconv.triton_kernels import _common, depthwise_conv, depthwise_conv_norm, residual_scale
+
+triton_interpreter_fixes.install()
+torch.set_num_threads(1)
+
+KERNELS = pathlib.Path(fastconv.triton_kernels.__file__).parent
+MODULES = (depthwise_conv, depthwise_conv_norm, residual_scale)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+every_op = pytest.mark.parametrize("op", sorted(OPS))
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+def is_cheap(case: Case) -> bool:
+    """Whether the interpreter, whose time goes by tiles and taps, takes about a second or less."""
+    if case.op == "residual_scale":
+        return True
+    N, H, W, C = case.shape
+    return N * -(-H // 8) * -(-W // 8) * -(-C // 32) * case.K**2 * (4 if case.K > 7 else 1) < 330
+
+
+def cases():
+    """Every case in every dtype; by default the cheap ones, each in one dtype in turn (depthwise_conv also runs in the norm)."""
+    for op in sorted(OPS):
+        for i, case in enumerate(CASES[op]):
+            for j, dtype in enumerate(DTYPES):
+                if dtype in case.dtypes:
+                    chosen = is_cheap(case) and (op == "residual_scale" or (i + j) % 3 == 0) and (op != "depthwise_conv" or i % 3 == 0)
+                    yield pytest.param(case, dtype, marks=() if chosen else pytest.mark.slow, id=f"{op}-{case}-{dtype}")
+
+
+@pytest.mark.parametrize(("case", "dtype"), cases())
+def test_values_and_gradients(case, dtype):
+    check_op(case, dtype, "triton")
+
+
+def on_triton(op, inputs, wanted=None):
+    with use_backend("triton"), poisoned():
+        return run(getattr(ops, op), inputs, wanted)
+
+
+def small(op: str, *shape: int, **options) -> Case:
+    return Case(op, shape or (2, 5, 9, 6), K=options.pop("K", 3), **options)
+
+
+def same_bits(left: dict, right: dict) -> None:
+    for name in left.keys() & right.keys():
+        assert torch.equal(left[name], right[name]), name
+
+
+@every_op
+@every_dtype
+def test_same_bits_again(op, dtype):
+    inputs = make_inputs(small(op), dtype)
+    same_bits(on_triton(op, inputs), on_triton(op, inputs))
+
+
+@every_op
+@pytest.mark.parametrize("target", (1, 7))
+def test_slices_of_many_tiles(op, target, monkeypatch):
+    """Partials of a few slices, each of several tiles and the last one short, as large tensors have them."""
+    monkeypatch.setattr(_common, "TARGET_PROGRAMS", target)
+    check_op(small(op, 3, 9, 5, 20), torch.float32, "triton")
+
+
+@every_op
+def test_many_slices(op):
+    """More slices than one step of the reduction takes, and rows past the last whole one."""
+    check_op(small(op, 67, 3, 2, 5, K=1), torch.float32, "triton")
+
+
+@pytest.mark.parametrize("C", (300, 4099))
+def test_norm_over_several_blocks(C, monkeypatch):
+    if C < 4096:
+        whole = depthwise_conv_norm.config
+        monkeypatch.setattr(depthwise_conv_norm, "config", lambda C: {**whole(C), "BLOCK_C": 128, "BLOCK_N": 4})
+    check_op(small("depthwise_conv_norm", 1, 2, 3, C, K=1), torch.float32, "triton")
+
+
+@every_op
+def test_any_one_gradient(op):
+    """Frozen parameters: each gradient alone, and none; what is not needed comes back empty."""
+    inputs = make_inputs(small(op), torch.float32)
+    full = on_triton(op, inputs)
+    for name in full:
+        wanted = () if name == "out" else (name[1:],)
+        with RawCalls() as recorded:
+            some = on_triton(op, inputs, wanted)
+        same_bits(some, full)
+        assert some.keys() == {"out", *(f"d{w}" for w in wanted)}
+        for func, args, results in recorded.calls:
+            assert func.namespace == "fastconv_triton"
+            fakes = torch.utils._pytree.tree_leaves(_fake(func, args))
+            assert [(f.shape, f.stride(), f.dtype) for f in fakes] == [(r.shape, r.stride(), r.dtype) for r in results]
+
+
+def _fake(func, args):
+    with torch._subclasses.FakeTensorMode() as mode:
+        return func(*torch.utils._pytree.tree_map_only(torch.Tensor, mode.from_tensor, args))
+
+
+@every_op
+def test_opcheck(op):
+    seen = set()
+    for case in (small(op, 1, 2, 3, 4, K=1), small(op, 0, 4, 3, 6)):
+        inputs = make_inputs(case, torch.bfloat16)
+        with RawCalls() as recorded:
+            on_triton(op, inputs)
+        for func, args, _ in recorded.calls:
+            torch.library.opcheck(func, args)
+            seen.add(func.__name__.split(".")[0])
+    assert seen == set(hub(op).SCHEMAS)
+
+
+@every_op
+def test_strided_parameters(op):
+    inputs = make_inputs(small(op), torch.float32)
+
+    def strided(t):
+        return t.new_full([2 * s for s in t.shape], float("nan"))[tuple(slice(None, None, 2) for _ in t.shape)].copy_(t)
+
+    changed = {name: t if t.shape == inputs.dout.shape else strided(t) for name, t in inputs.tensors.items()}
+    same_bits(on_triton(op, inputs._replace(tensors=changed)), on_triton(op, inputs))
+
+
+def dweight_by_taps(x, dy, K: int):
+    """dweight in float64 from the pairs of pixels inside the map alone: no padded zero meets an Inf, as in F.conv2d's."""
+    H, W = x.shape[1:3]
+    dweight = torch.zeros(x.shape[3], 1, K, K, dtype=torch.float64)
+    for i, j in itertools.product(range(K), repeat=2):
+        a, b = i - K // 2, j - K // 2
+        pairs = x[:, max(a, 0) : H + min(a, 0), max(b, 0) : W + min(b, 0)].double()
+        pairs = pairs * dy[:, max(-a, 0) : H - max(a, 0), max(-b, 0) : W - max(b, 0)].double()
+        dweight[:, 0, i, j] = pairs.sum((0, 1, 2)) if abs(a) < H and abs(b) < W else 0
+    return dweight
+
+
+@every_op
+@pytest.mark.parametrize("where", ("activations", "gradient", "parameters"))
+def test_nan_and_inf_stay_where_they_were(op, where):
+    """On a map smaller than the taps and the tile, where a product of an Inf and a padded zero would show."""
+    inputs = make_inputs(small(op, 2, 3, 2, 20, K=5), torch.bfloat16)
+    spots = {
+        "activations": [t for t in inputs.tensors.values() if t.shape == inputs.dout.shape],
+        "gradient": [inputs.dout],
+        "parameters": [],
+    }[where]
+    for index, tensor in enumerate(spots):
+        tensor[1, 2, 1, 3 + index] = float("inf")
+        tensor[1, 0, 0, 17] = float("nan")
+    if where == "parameters":
+        next(inputs.tensors[name] for name in ("bias", "gamma") if name in inputs.tensors)[7:9] = torch.tensor([float("inf"), float("nan")])
+    got, truth = on_triton(op, inputs), truth_of(op, inputs)
+    if op == "depthwise_conv":
+        truth["dweight"] = dweight_by_taps(inputs.tensors["x"], inputs.dout, 5)
+    elif op == "depthwise_conv_norm":
+        truth.pop("dweight")
+    assert not torch.isfinite(torch.cat([t.flatten() for t in truth.values()])).all()
+    for name, expected in truth.items():
+        assert torch.equal(torch.isfinite(got[name]), torch.isfinite(expected)), name
+        if op != "depthwise_conv_norm":  # which of an Inf's neighbours in the norm are NaN depends on the order of its sums
+            assert torch.equal(got[name].isnan(), expected.isnan()), name
+
+
+@every_op
+def test_offsets_past_2_31(op, monkeypatch):
+    """Only the last program of each kernel runs, on lazily allocated tensors: it writes the last values, and nothing stray."""
+    shape, rows = (1, 4100, 4100, 128), 8
+    assert np.prod(shape) > 2**31
+    corner = make_inputs(small(op, 1, rows, 12, 128, without=("bias", "mask")), torch.bfloat16)
+    launched = []
+
+    def launch_last(kernel, programs, x, *args, **config):
+        if programs < 100:  # the small reduction of partials runs whole, on partials that nobody filled
+            return None
+        launched.append(kernel.fn.__name__)
+        monkeypatch.setattr(
+            interpreter.InterpreterBuilder,
+            "create_get_program_id",
+            lambda self, axis: interpreter.TensorHandle(np.array([programs - 1], np.int32), interpreter.tl.int32),
+        )
+        return kernel[(1,)](*args, **config)
+
+    def grown(tensor):
+        if tensor is None or tensor.shape != corner.dout.shape:
+            return tensor
+        big = torch.from_numpy(np.zeros(shape, np.int16)).view(torch.bfloat16)
+        big[:, -rows:, -12:] = tensor
+        return big
+
+    expected = on_triton(op, corner)
+    for module in MODULES:
+        monkeypatch.setattr(module, "launch", launch_last)
+    monkeypatch.setattr(interpreter.GridExecutor, "_restore_args_dev", lambda *args: None)  # copies whole tensors onto themselves
+    big = corner._replace(tensors={n: grown(t) for n, t in corner.tensors.items()}, dout=grown(corner.dout))
+    with use_backend("triton"):
+        got = run(getattr(ops, op), big)
+    assert set(launched) >= {f"{op}_fwd_kernel", "residual_scale_bwd_kernel" if op == "residual_scale" else "depthwise_conv_wgrad_kernel"}
+    for name in ("out", "dx", "dy"):
+        if name in got and op != "depthwise_conv_norm":
+            assert torch.equal(got[name][0, -1, -1, -32:], expected[name][0, -1, -1, -32:]), name
+
+
+# Slices of several tiles each: see rows_per_slice.
+FEW = {"depthwise_conv": 10, "depthwise_conv_norm": 3, "residual_scale": 2}
+MUTANTS = [
+    ("depthwise_conv", "depthwise_conv", "tap = (kh + i) * K + kw", "tap = (kh + i) * K + K - 1 - kw", "out"),
+    ("depthwise_conv", "depthwise_conv", "tap = K * K - 1 - tap", "tap = tap", "dx"),
+    ("depthwise_conv", "depthwise_conv", "mask=mask & (h >= 0) & (h < H)", "mask=mask & (h >= h0) & (h < H)", "out"),
+    ("depthwise_conv", "depthwise_conv", "mask=mask & (h >= 0) & (h < H)", "mask=mask & (h < H)", ""),
+    ("depthwise_conv", "depthwise_conv", "((column >= 0) & (column < W))[:, None]", "(column >= w0)[:, None]", ""),
+    ("depthwise_conv", "depthwise_conv", "if r - i >= 0 and r - i < BLOCK_H:", "if r - i > 0 and r - i < BLOCK_H:", "dweight"),
+    (
+        "depthwise_conv",
+        "depthwise_conv",
+        "(slice_index + 1) * tiles_per_slice, tiles)",
+        "(slice_index + 1) * tiles_per_slice - 1, tiles)",
+        "d",
+    ),
+    ("depthwise_conv", "_common", "(s0 + s < S)", "(s0 + s < S - 1)", "d"),
+    ("depthwise_conv_norm", "depthwise_conv_norm", "value - mu[:, None], 0.0)", "value, 0.0)", "out"),
+    ("depthwise_conv_norm", "depthwise_conv_norm", "normal * along[:, None]", "normal * total[:, None]", "dx"),
+    ("depthwise_conv_norm", "depthwise_conv_norm", "dnorm_weight += grad * normal", "dnorm_weight = grad * normal", "dnorm_weight"),
+    ("depthwise_conv_norm", "_common", "(s0 + s < S)", "(s0 + s < S - 1)", "d"),
+    ("residual_scale", "residual_scale", "row // L", "row % 2", "out"),
+    ("residual_scale", "residual_scale", "dgamma += grad", "dgamma = grad", "dgamma"),
+    ("residual_scale", "_common", "(s0 + s < S)", "(s0 + s < S - 1)", "dgamma"),
+]
+
+
+@pytest.mark.parametrize(("op", "module", "before", "after", "tensor"), MUTANTS)
+def test_a_seeded_bug_is_caught(op, module, before, after, tensor, tmp_path, monkeypatch):
+    for path in KERNELS.glob("*.py"):
+        source = path.read_text()
+        if path.stem == module:
+            assert before in source
+            source = source.replace(before, after)
+        (tmp_path / path.name).write_text(source)
+    package = "mutated_triton_kernels"
+    spec = importlib.util.spec_from_file_location(package, tmp_path / "__init__.py", submodule_search_locations=[str(tmp_path)])
+    for name in ("", "._common", *(f".{op}" for op in OPS)):
+        monkeypatch.delitem(sys.modules, package + name, raising=False)
+    monkeypatch.setitem(sys.modules, package, importlib.util.module_from_spec(spec))
+    mutant = importlib.import_module(f"{package}.{op}")
+    monkeypatch.setattr(sys.modules[f"{package}._common"], "TARGET_PROGRAMS", FEW[op])
+    monkeypatch.setitem(sys.modules, f"fastconv.triton_kernels.{op}", mutant)
+    with pytest.raises((AssertionError, InterpreterError), match=rf"{op} .* {tensor}|outside of every tensor"):
+        check_op(small(op, 2, 9, 5, 4), torch.float32, "triton")
+
+
+def test_the_case_of_the_seeded_bugs_passes_without_one(monkeypatch):
+    for op in OPS:
+        monkeypatch.setattr(_common, "TARGET_PROGRAMS", FEW[op])
+        check_op(small(op, 2, 9, 5, 4), torch.float32, "triton")
+
+
+def test_bfloat16_is_rounded_as_torch_rounds():
+    values = torch.cat(
+        [torch.randn(4096) * 10.0 ** torch.randint(-38, 38, (4096,)), torch.tensor([0.0, -0.0, float("inf"), -float("inf"), float("nan")])]
+    )
+    bits = triton_interpreter_fixes.float_to_bf16(values.numpy())
+    expected = values.bfloat16()
+    got = torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16)
+    torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
+    back = torch.from_numpy(triton_interpreter_fixes.bf16_to_float(bits))
+    torch.testing.assert_close(back, expected.float(), rtol=0, atol=0, equal_nan=True)
