@@ -14,7 +14,10 @@ from setuptools import setup
 
 # Built with any torch >= 2.10, runs on any torch >= 2.10: only the stable ABI of that version is used.
 TORCH_TARGET_VERSION = "0x020a000000000000"
-COMPILE_ARGS = ["-O3", "-g0", "-std=c++20", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno", "-Wall", "-Wextra", "-Wno-psabi", "-Wno-maybe-uninitialized"]
+COMPILE_ARGS = [
+    *("-O3", "-g0", "-std=c++20", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno"),
+    *("-Wall", "-Wextra", "-Wno-psabi", "-Wno-maybe-uninitialized"),  # GCC's own AVX-512 headers set off the last two
+]
 CPU_SOURCES = [
     *("ops", "depthwise_conv", "depthwise_conv_norm", "residual_scale"),
     *("kernels_default", "kernels_avx2", "kernels_avx512"),
@@ -61,8 +64,8 @@ def extensions() -> tuple[list, dict]:
         "fastconv._ops_cpu",
         [f"csrc/cpu/{name}.cpp" for name in CPU_SOURCES],
         include_dirs=[os.path.abspath("csrc")],
-        depends=["csrc/check.h", "csrc/geometry.h"] + [f"csrc/cpu/{n}" for n in os.listdir("csrc/cpu") if n.endswith(".h")],
-        extra_compile_args=COMPILE_ARGS + [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"],
+        depends=["csrc/check.h", "csrc/geometry.h", *(f"csrc/cpu/{n}" for n in os.listdir("csrc/cpu") if n.endswith(".h"))],
+        extra_compile_args=[*COMPILE_ARGS, f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"],
         extra_link_args=rpath,
         py_limited_api=True,  # no Python in the library: torch.ops.load_library opens it
     )

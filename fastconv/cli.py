@@ -71,7 +71,7 @@ def demo(
 
         options = _demo.Options(model, data, device, dtype, batch_size, steps, image_size, seed, output)
         data_and_model = _demo.prepare(options)
-    except (ValueError, ImportError) as error:
+    except (ValueError, ImportError, FileNotFoundError) as error:
         raise _failed(error) from None
     raise typer.Exit(_demo.demo(options, *data_and_model))
 

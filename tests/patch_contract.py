@@ -88,6 +88,11 @@ def fast_blocks(model):
     return [m for m in model.modules() if isinstance(m, FastModule)]
 
 
+def twins(model, plain):
+    """The blocks of `plain` at the places of the patched ones of `model`."""
+    return [plain.get_submodule(name) for name, m in model.named_modules() if isinstance(m, FastModule)]
+
+
 def part(block, name):
     """A part of a patched block, such as its "conv", by the path that the analysis found."""
     return child_at(block, getattr(block._fastconv.layout, name))
@@ -121,8 +126,8 @@ print(sorted({f"{type(m).__module__}.{type(m).__qualname__}" for m in model.modu
 """
 
 
-class PatchContract:
-    """Subclass as TestX with `blocks` and `make`. The model must be small: it is compiled, spawned and saved."""
+class SingleProcessContract:
+    """Subclass as TestX with `blocks` and `make`. The model must be small: it is run, copied and compiled many times."""
 
     blocks: int
     ops = ("depthwise_conv_norm", "residual_scale")
@@ -270,27 +275,6 @@ class PatchContract:
         assert_agree(step(twin, self.images()), step(plain, self.images()))
         assert {s.backend for s in fastconv.report(twin).fused} == {"cpu"}
 
-    def test_saved_model_loads_without_fastconv(self, tmp_path):
-        model, plain = self.pair()
-        model.eval()
-        x = self.images()
-        with torch.no_grad():
-            torch.save((model, x, outputs_of(model, x)), tmp_path / "model.pt")
-        loaded = torch.load(tmp_path / "model.pt", weights_only=False)[0]
-        assert [type(m) for m in loaded.modules()] == [type(m) for m in plain.modules()]
-        assert fastconv.report(loaded).blocks == (0, self.blocks)
-        assert {s.reason for s in fastconv.report(loaded).declined} == {"not patched: call fastconv.patch(model)"}
-        tests = str(pathlib.Path(__file__).parent)
-        done = subprocess.run(
-            [sys.executable, "-c", LOADS_WITHOUT_FASTCONV, str(tmp_path / "model.pt")],
-            env={**os.environ, "PYTHONPATH": tests},
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr
-        assert f".{self.block_name(model)}'" in done.stdout
-
     def test_nothing_of_ours_in_a_module_dict(self):
         model, plain = self.pair()
         step(model, self.images())
@@ -355,9 +339,7 @@ class PatchContract:
     @pytest.mark.parametrize("parts", [("conv",), ("norm",), ("conv", "norm")])
     def test_frozen_parameters(self, parts):
         model, plain = self.pair()
-        for m, n in zip(
-            fast_blocks(model), [dict(plain.named_modules())[k] for k, v in model.named_modules() if isinstance(v, FastModule)]
-        ):
+        for m, n in zip(fast_blocks(model), twins(model, plain), strict=True):
             for name in parts:
                 part(m, name).requires_grad_(False)
                 child_at(n, getattr(m._fastconv.layout, name)).requires_grad_(False)
@@ -367,8 +349,7 @@ class PatchContract:
 
     def test_parametrized_weights(self):
         model, plain = self.pair()
-        blocks = [dict(plain.named_modules())[k] for k, v in model.named_modules() if isinstance(v, FastModule)]
-        for m, n in zip(fast_blocks(model), blocks, strict=True):
+        for m, n in zip(fast_blocks(model), twins(model, plain), strict=True):
             layout = m._fastconv.layout
             for block in (m, n):
                 weight_norm(child_at(block, layout.conv))
@@ -419,6 +400,31 @@ class PatchContract:
         assert all(torch.equal(a, b) for a, b in zip(actual[0], expected[0], strict=True))
         assert all(torch.equal(g, expected[1][n]) for n, g in actual[1].items())
         assert fastconv.report(model).blocks == (0, self.blocks)
+
+
+class PatchContract(SingleProcessContract):
+    """With what takes other processes too; for one model of each library."""
+
+    def test_saved_model_loads_without_fastconv(self, tmp_path):
+        model, plain = self.pair()
+        model.eval()
+        x = self.images()
+        with torch.no_grad():
+            torch.save((model, x, outputs_of(model, x)), tmp_path / "model.pt")
+        loaded = torch.load(tmp_path / "model.pt", weights_only=False)[0]
+        assert [type(m) for m in loaded.modules()] == [type(m) for m in plain.modules()]
+        assert fastconv.report(loaded).blocks == (0, self.blocks)
+        assert {s.reason for s in fastconv.report(loaded).declined} == {"not patched: call fastconv.patch(model)"}
+        tests = str(pathlib.Path(__file__).parent)
+        done = subprocess.run(
+            [sys.executable, "-c", LOADS_WITHOUT_FASTCONV, str(tmp_path / "model.pt")],
+            env={**os.environ, "PYTHONPATH": tests},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        assert f".{self.block_name(model)}'" in done.stdout
 
     def test_ddp(self, tmp_path):
         plain = self.build().eval()

@@ -31,8 +31,8 @@ STAGES = (
     Stage("triton", 3, ("test_triton*.py",)),
     Stage("patch", 6, ("test_patch*.py", "test_convergence*.py")),
     Stage("models", 3, ("test_models*.py", "test_zoo*.py", "test_cli*.py", "test_demo*.py")),
-    Stage("build", 4, ("test_build.py",)),
-    Stage("benchmarks", 1, ("test_benchmarks.py",)),
+    Stage("build", 2.5, ("test_build.py",)),
+    Stage("benchmarks", 1.5, ("test_benchmarks.py",)),
 )
 NAMES = tuple(stage.name for stage in STAGES)
 

@@ -6,8 +6,6 @@ baseline level and loaded in place of the real library. The hub's mutants spoil 
 
 import os
 import pathlib
-import platform
-import re
 import shutil
 import subprocess
 import sys
@@ -48,7 +46,7 @@ MUTANTS = {
     "halo rows missing": (CONV, "next = h0 > pad ? h0 - pad : 0;", "next = h0;", ("depthwise_conv", "depthwise_conv_norm")),
     "halo columns missing": (CONV, "next % K * stride + pad * kLanes<A>)", "next % K * stride)", ("depthwise_conv",)),
     "H and W swapped": (CONV, "pad(s.pad()), H(s.H)", "pad(s.pad()), H(s.W)", ("depthwise_conv", "depthwise_conv_norm")),
-    "wrong tap of dweight": (CONV, "dz[r] = rows[kK - 1 - (kh + r)];", "dz[r] = rows[kh + r];", ("depthwise_conv",)),
+    "taps of dweight mirrored": (CONV, "acc[r][j - c + kK - 1] += pixel[j] * v;", "acc[r][c - j] += pixel[j] * v;", ("depthwise_conv",)),
     "weights not flipped": (CONV, "flip ? taps - 1 - k : k", "k", ("depthwise_conv", "depthwise_conv_norm")),
     "bias gradient dropped": (CONV, "dbias[w & 3] += load(dz + w * kLanes<A>);", "(void)dz;", ("depthwise_conv", "depthwise_conv_norm")),
     "a term of the norm lost": (
@@ -83,7 +81,9 @@ path, op, tests = sys.argv[1:4]
 load = torch.ops.load_library
 torch.ops.load_library = lambda built: load(path if built.endswith("_ops_cpu.so") else built)
 from fastconv.testing import CASES, check_op
-assert torch.ops.fastconv.cpu_capability() == "default" and path in torch.ops.loaded_libraries, torch.ops.loaded_libraries
+from fastconv import _library
+if _library.cpu_missing or path not in torch.ops.loaded_libraries or torch.ops.fastconv.cpu_capability() != "default":
+    sys.exit(_library.cpu_missing or "the wrong library was loaded")
 torch.set_num_threads(1)
 try:
     if op == "rounding":
@@ -94,7 +94,7 @@ try:
         for case in sorted(CASES[op], key=lambda case: case.shape[-2] - case.shape[1]):  # tall maps first
             check_op(case, torch.float32, "cpu")
 except AssertionError as error:
-    print(error)
+    print(op, error)
     sys.exit(3)
 """
 
@@ -109,8 +109,10 @@ def compile_object(source: pathlib.Path, root: pathlib.Path, target: pathlib.Pat
 
 
 def link(objects: list[pathlib.Path], target: pathlib.Path) -> pathlib.Path:
-    undefined = ["-Wl,-undefined,dynamic_lookup"] if platform.system() == "Darwin" else []
-    subprocess.run([*COMPILER, "-shared", *undefined, *map(str, objects), "-o", str(target)], check=True, timeout=120)
+    from torch.utils.cpp_extension import library_paths
+
+    libraries = [*(f"-L{path}" for path in library_paths()), "-ltorch_cpu", "-lc10"]
+    subprocess.run([*COMPILER, "-shared", *map(str, objects), *libraries, "-o", str(target)], check=True, timeout=120)
     return target
 
 
@@ -161,7 +163,6 @@ def test_a_mutated_kernel_turns_red(name, objects, tmp_path):
     for op in reds:
         result = contract(library, op)
         assert result.returncode == 3, (op, result.returncode, result.stderr[-2000:])
-        assert re.search(r"error .* exceeds|not finite|\S", result.stdout)
 
 
 def test_every_mutant_names_real_code():
@@ -171,19 +172,20 @@ def test_every_mutant_names_real_code():
         assert (CSRC / "cpu" / file).read_text().count(code) == 1, (file, code)
 
 
-def lost_channel(t):
+def off_channel(t):
     t = t.clone()
-    t.movedim(-1 if t.dim() != 4 or t.shape[1] != 1 else 0, 0)[-1:] = 0
+    t.movedim(-1 if t.dim() != 4 or t.shape[1] != 1 else 0, 0)[-1:] += t.square().mean().sqrt()
     return t
 
 
 SPOILS = {
     "zero": torch.zeros_like,
     "never written": torch.empty_like,  # NaN where memory is poisoned
-    "one channel lost": lost_channel,
+    "one channel off": off_channel,
     "off by 5 percent": lambda t: t * 1.05,
     "turned over": lambda t: t.flip(-1 if t.dim() < 4 else -2),
 }
+COARSE = ("zero", "never written", "turned over")  # what no rounding to bfloat16 may hide in any result
 
 
 def spoil(monkeypatch, name: str, index: int, change) -> list:
@@ -211,17 +213,12 @@ def spoil(monkeypatch, name: str, index: int, change) -> list:
     return applied
 
 
-def results_of(op: str) -> list[tuple[str, int, str]]:
-    found = []
-    for name, schema in _registry.hub(op).SCHEMAS.items():
-        returns = re.findall(r"Tensor ?(\w*)", schema.split("->")[1])
-        found += [(name, index, label or "out") for index, label in enumerate(returns)]
-    return found
+def results_of(op: str) -> list[tuple[str, int]]:
+    return [(name, i) for name, schema in _registry.hub(op).SCHEMAS.items() for i in range(schema.split("->")[1].count("Tensor"))]
 
 
-@pytest.mark.parametrize("kind", SPOILS)
-@pytest.mark.parametrize("op, name, index", [(op, name, index) for op in sorted(OPS) for name, index, _ in results_of(op)])
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("kind, dtype", [*((k, torch.float32) for k in SPOILS), *((k, torch.bfloat16) for k in COARSE)])
+@pytest.mark.parametrize("op, name, index", [(op, name, index) for op in sorted(OPS) for name, index in results_of(op)])
 def test_a_spoilt_result_turns_red(op, name, index, kind, dtype, monkeypatch):
     """Every tensor that a raw op returns, statistics kept for backward among them, is under the contract."""
     case = next(c for c in CASES[op] if not c.without and not c.wide and c.C == 33)

@@ -210,6 +210,7 @@ def test_gradcheck(op, K):
 
 @every_op
 @half_and_float
+@pytest.mark.filterwarnings("ignore:.*an autograd kernel was not registered")  # opcheck differentiates the raw op itself
 def test_opcheck(op, dtype):
     cases = [SMALL[op], *(c for c in CASES[op] if c.without or 0 in c.shape), *(c for c in CASES[op] if c.wide)]
     seen = set()
@@ -425,9 +426,6 @@ def test_more_than_2_31_elements(op):
     def crop(tensor):
         return tensor[:, 1 - rows :] if tensor.shape == shape else tensor
 
-    def small(tensor):
-        return None if tensor is None else crop(tensor)
-
     big = corner._replace(tensors={n: grown(t) for n, t in corner.tensors.items()}, dout=grown(corner.dout))
     with use_backend("cpu"):
         with torch.no_grad():
@@ -440,6 +438,6 @@ def test_more_than_2_31_elements(op):
                 expected, got = on_cpu_kernels(op, corner, (name,)), run(getattr(ops, op), big, (name,))
                 if got[f"d{name}"].shape == shape:
                     assert torch.equal(crop(got[f"d{name}"]), expected[f"d{name}"][:, 1:])
-                elif "norm" not in name:
+                else:
                     torch.testing.assert_close(got[f"d{name}"], expected[f"d{name}"], rtol=2e-2, atol=1e-2)
                 del got

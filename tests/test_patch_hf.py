@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from patch_contract import PatchContract, assert_agree, step
+from patch_contract import PatchContract, SingleProcessContract, assert_agree, step
 from transformers import (
     ConvNextConfig,
     ConvNextForImageClassification,
@@ -32,7 +32,7 @@ class TestConvNextV2(PatchContract):
         return ConvNextV2Model(ConvNextV2Config(**SIZES, drop_path_rate=drop_path))
 
 
-class TestDINOv3ConvNext(PatchContract):
+class TestDINOv3ConvNext(SingleProcessContract):
     blocks = 5
 
     def make(self, drop_path=0.0):

@@ -643,6 +643,24 @@ def test_hook_put_in_after_compile_runs(dynamo):
         assert relative(compiled(images()), plain(images())) <= 1e-5
 
 
+def test_fallbacks_and_copies_are_not_counted_in_compiled_code(dynamo):
+    """A counter would recompile at every call, a warning would break the graph."""
+    model, plain = pair()
+    for m in (model, plain):
+        m[0].norm.register_forward_hook(lambda _m, _a, out: 3 * out)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("error", RuntimeWarning)
+        first = compiled(images())
+        with dynamo.config.patch(error_on_recompile=True):
+            for _ in range(4):
+                assert torch.equal(compiled(images()), first)
+    assert relative(first, plain(images())) <= 1e-5
+    sites = fastconv.report(model).sites
+    assert not any(s.fallbacks or s.copies for s in sites)
+    assert {s.backend for s in sites} == {"-"}
+
+
 def test_compile_autocast(dynamo):
     model, plain = pair()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
@@ -651,6 +669,25 @@ def test_compile_autocast(dynamo):
     for a, b in zip((*actual[0], *actual[1].values()), (*expected[0], *expected[1].values()), strict=True):
         assert a.dtype == b.dtype
         assert relative(a, b) < 3e-2
+
+
+def test_disabled_and_forced_backends_reach_a_compiled_model(dynamo):
+    model, plain = pair()
+    kernels = []
+
+    def capture(graph, _):
+        kernels.append(sum("depthwise_conv_norm_fwd" in str(n.target) for n in graph.graph.nodes))
+        return graph
+
+    compiled = torch.compile(model, backend=aot_autograd(fw_compiler=capture), fullgraph=True)
+    with torch.no_grad():
+        expected = plain(images())
+        assert relative(compiled(images()), expected) <= 1e-5
+        with fastconv.disabled():
+            assert relative(compiled(images()), expected) <= 1e-6
+        with fastconv.use_backend("eager"):
+            assert relative(compiled(images()), expected) <= 1e-6
+    assert kernels == [2, 0, 0]
 
 
 def test_inductor_and_dynamic_sizes(dynamo):

@@ -1,92 +1,13 @@
-"""patch on the official structure, written out as people have it in their own code, and on the bundled models."""
+"""patch on the official structure copied into user code, and on the bundled models."""
 
 import pytest
 import torch
 import torch.nn.functional as F
+from official_convnext import Block, ChannelNorm, Network, SkipImages
 from patch_contract import PatchContract, assert_agree, fast_blocks, randomise_, step
 from torch import nn
 
 import fastconv
-
-
-class ChannelNorm(nn.Module):
-    """A LayerNorm for both layouts that is no nn.LayerNorm."""
-
-    def __init__(self, dim, eps=1e-6, data_format="channels_last"):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-        self.bias = nn.Parameter(torch.zeros(dim))
-        self.eps, self.data_format, self.normalized_shape = eps, data_format, (dim,)
-
-    def forward(self, x):
-        if self.data_format == "channels_last":
-            return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
-        mean = x.mean(1, keepdim=True)
-        variance = (x - mean).pow(2).mean(1, keepdim=True)
-        return self.weight[:, None, None] * (x - mean) / torch.sqrt(variance + self.eps) + self.bias[:, None, None]
-
-
-class ResponseNorm(nn.Module):
-    def __init__(self, dim):
-        super().__init__()
-        self.gamma = nn.Parameter(torch.zeros(1, 1, 1, dim))
-        self.beta = nn.Parameter(torch.zeros(1, 1, 1, dim))
-
-    def forward(self, x):
-        energy = torch.norm(x, p=2, dim=(1, 2), keepdim=True)
-        return self.gamma * (x * (energy / (energy.mean(dim=-1, keepdim=True) + 1e-6))) + self.beta + x
-
-
-class SkipImages(nn.Module):
-    """Stochastic depth by torch.rand: another stream of random numbers than Bernoulli's."""
-
-    def __init__(self, p):
-        super().__init__()
-        self.p = p
-
-    def forward(self, x):
-        if not self.training or self.p == 0:
-            return x
-        kept = torch.rand(x.shape[0], *[1] * (x.ndim - 1), dtype=x.dtype, device=x.device) >= self.p
-        return x * kept / (1 - self.p)
-
-
-class Block(nn.Module):
-    def __init__(self, dim, drop=0.0, scale=1e-6, grn=False):
-        super().__init__()
-        self.dwconv = nn.Conv2d(dim, dim, 7, padding=3, groups=dim)
-        self.norm = ChannelNorm(dim)
-        self.pwconv1 = nn.Linear(dim, 4 * dim)
-        self.act = nn.GELU()
-        if grn:
-            self.grn = ResponseNorm(4 * dim)
-        self.pwconv2 = nn.Linear(4 * dim, dim)
-        self.gamma = nn.Parameter(scale * torch.ones(dim)) if scale else None
-        self.drop_path = SkipImages(drop) if drop else nn.Identity()
-
-    def forward(self, x):
-        residual = x
-        x = self.dwconv(x).permute(0, 2, 3, 1)
-        x = self.act(self.pwconv1(self.norm(x)))
-        if hasattr(self, "grn"):
-            x = self.grn(x)
-        x = self.pwconv2(x)
-        if self.gamma is not None:
-            x = self.gamma * x
-        return residual + self.drop_path(x.permute(0, 3, 1, 2))
-
-
-class Network(nn.Module):
-    def __init__(self, drop=0.0, **kw):
-        super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, 16, 4, 4), ChannelNorm(16, data_format="channels_first"))
-        self.stage1 = nn.Sequential(Block(16, **kw), Block(16, drop, **kw))
-        self.down = nn.Sequential(ChannelNorm(16, data_format="channels_first"), nn.Conv2d(16, 24, 2, 2))
-        self.stage2 = nn.Sequential(Block(24, drop, **kw))
-        self.head = nn.Linear(24, 10)
-
-    def forward(self, x):
-        return self.head(self.stage2(self.down(self.stage1(self.stem(x)))).mean((2, 3)))
 
 
 class TestV1(PatchContract):
@@ -156,6 +77,27 @@ class TwiceUsed(Block):
         return x + self.drop_path((self.gamma * y).permute(0, 3, 1, 2) + z)
 
 
+class ChangesTheMap(Block):
+    """Works in place on what the convolution gave: the chain of operations is the known one, the values are not."""
+
+    def forward(self, x):
+        z = self.dwconv(x)
+        z.mul_(2)
+        y = self.pwconv2(self.act(self.pwconv1(self.norm(z.permute(0, 2, 3, 1)))))
+        return x + self.drop_path((self.gamma * y).permute(0, 3, 1, 2))
+
+
+class ChangesTheInput(Block):
+    def forward(self, x):
+        x.clamp_(min=0)
+        return super().forward(x)
+
+
+class AnotherEps(ChannelNorm):
+    def forward(self, x):
+        return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, 1e-3)
+
+
 class NormFirst(Block):
     def forward(self, x):
         y = self.dwconv(self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
@@ -167,6 +109,17 @@ class Functional(Block):
         y = self.norm(self.dwconv(x).permute(0, 2, 3, 1))
         y = self.pwconv2(F.gelu(self.pwconv1(y)))
         return x + self.drop_path((self.gamma * y).permute(0, 3, 1, 2))
+
+
+class DependsOnMode(Block):
+    def forward(self, x):
+        return super().forward(x) if self.training else NoResidual.forward(self, x)
+
+
+class ScalesInTraining(Block):
+    def forward(self, x):
+        y = self.pwconv2(self.act(self.pwconv1(self.norm(self.dwconv(x).permute(0, 2, 3, 1)))))
+        return x + self.drop_path((self.gamma * y if self.training else y).permute(0, 3, 1, 2))
 
 
 class DependsOnData(Block):
@@ -181,8 +134,11 @@ class DependsOnData(Block):
         (NoResidual, "does not end in a residual sum"),
         (Transposed, "holds 'permute'"),
         (TwiceUsed, "which the fused block does not know"),
+        (ChangesTheMap, "the output of dwconv is used twice"),
         (NormFirst, "another computation"),
         (Functional, "gelu"),
+        (DependsOnMode, "does not end in a residual sum"),
+        (ScalesInTraining, "in training than in eval mode"),
         (DependsOnData, "cannot be read symbolically"),
     ],
 )
@@ -198,6 +154,16 @@ def test_same_parts_and_another_computation(kind, reason):
     assert all(reason in s.reason for s in report.declined), str(report)
     assert type(model[0]) is kind
     assert_agree(step(model, x), expected)
+
+
+def test_block_that_works_in_place_on_its_input():
+    block = randomise_(ChangesTheInput(8))
+    x = torch.randn(2, 8, 6, 6)
+    with torch.no_grad():
+        expected = block(x.clone())
+        report = fastconv.patch(block)
+        assert {s.reason for s in report.declined} == {"its input is used otherwise too"}
+        assert torch.equal(block(x.clone()), expected)
 
 
 class Renamed(Block):
@@ -268,6 +234,27 @@ def test_convolution_that_the_op_is_not(change, reason):
     report = fastconv.patch(block)
     assert [s.op for s in report.declined] == ["depthwise_conv_norm"]
     assert reason in report.declined[0].reason
+
+
+def test_norm_whose_eps_is_not_what_it_says():
+    block = randomise_(Block(8))
+    block.norm = AnotherEps(8)
+    report = fastconv.patch(block)
+    assert [s.op for s in report.declined] == ["depthwise_conv_norm"]
+    assert "AnotherEps" in report.declined[0].reason
+
+
+def test_class_wide_replacement_of_the_convolution(monkeypatch):
+    """Another tool has put its own forward into torch.nn.Conv2d: it is not to be bypassed."""
+    right = nn.Conv2d.forward
+
+    def instrumented(self, x):
+        return right(self, x) * 2
+
+    monkeypatch.setattr(nn.Conv2d, "forward", instrumented)
+    report = fastconv.patch(Block(8))
+    assert [s.op for s in report.declined] == ["depthwise_conv_norm"]
+    assert "instrumented" in report.declined[0].reason
 
 
 def test_layouts_share_one_class():

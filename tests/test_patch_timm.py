@@ -5,7 +5,7 @@ import copy
 import pytest
 import timm
 import torch
-from patch_contract import PatchContract, assert_agree, randomise_, step
+from patch_contract import PatchContract, SingleProcessContract, assert_agree, randomise_, step
 
 import fastconv
 
@@ -22,7 +22,7 @@ class TestConvNeXt(PatchContract):
         return make(drop_path)
 
 
-class TestConvMlp(PatchContract):
+class TestConvMlp(SingleProcessContract):
     blocks = 5
 
     def make(self, drop_path=0.0):
@@ -36,7 +36,7 @@ class TestConvNeXtV2(PatchContract):
         return make(drop_path, use_grn=True, ls_init_value=None)
 
 
-class TestOtherActivations(PatchContract):
+class TestOtherActivations(SingleProcessContract):
     """The forms of timm's test models: other activations, no convolution bias, an overlapping stem."""
 
     blocks = 5

@@ -14,21 +14,21 @@ import torch
 assert os.environ.get("TRITON_INTERPRET") == "1", "run tests/test_triton_interpreter.py, which sets TRITON_INTERPRET"
 sys.path.insert(0, str(pathlib.Path(__file__).parent))  # under pytest's importlib mode it is not there
 
+import fastconv.triton_kernels
 import triton_interpreter_fixes
+from fastconv.triton_kernels import _common, depthwise_conv, depthwise_conv_norm, residual_scale
 from triton.runtime import interpreter
 from triton.runtime.errors import InterpreterError
 
-import fastconv.triton_kernels
 from fastconv import ops, use_backend
 from fastconv.ops._registry import OPS, hub
 from fastconv.testing import CASES, Case, RawCalls, check_op, make_inputs, poisoned, run, truth_of
-from fastconv.triton_kernels import _common, depthwise_conv, depthwise_conv_norm, residual_scale
 
 triton_interpreter_fixes.install()
 torch.set_num_threads(1)
 
 KERNELS = pathlib.Path(fastconv.triton_kernels.__file__).parent
-MODULES = (depthwise_conv, depthwise_conv_norm, residual_scale)
+MODULES = (_common, depthwise_conv, depthwise_conv_norm, residual_scale)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 every_op = pytest.mark.parametrize("op", sorted(OPS))
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -39,7 +39,7 @@ def is_cheap(case: Case) -> bool:
     if case.op == "residual_scale":
         return True
     N, H, W, C = case.shape
-    return N * -(-H // 8) * -(-W // 8) * -(-C // 32) * case.K**2 * (4 if case.K > 7 else 1) < 330
+    return N * -(-H // 8) * -(-W // 8) * -(-C // 32) * case.K**2 * (4 if case.K > 7 else 1) < 200
 
 
 def cases():
@@ -52,7 +52,7 @@ def cases():
                     yield pytest.param(case, dtype, marks=() if chosen else pytest.mark.slow, id=f"{op}-{case}-{dtype}")
 
 
-@pytest.mark.parametrize(("case", "dtype"), cases())
+@pytest.mark.parametrize(("case", "dtype"), list(cases()))
 def test_values_and_gradients(case, dtype):
     check_op(case, dtype, "triton")
 
@@ -123,6 +123,7 @@ def _fake(func, args):
 
 
 @every_op
+@pytest.mark.filterwarnings("ignore:.*an autograd kernel was not registered")  # opcheck backpropagates through raw ops
 def test_opcheck(op):
     seen = set()
     for case in (small(op, 1, 2, 3, 4, K=1), small(op, 0, 4, 3, 6)):
@@ -212,6 +213,8 @@ def test_offsets_past_2_31(op, monkeypatch):
         return big
 
     expected = on_triton(op, corner)
+    monkeypatch.setattr(_common, "TARGET_PROGRAMS", 10**9)
+    monkeypatch.setattr(_common, "MAX_SLICES", 10**5)
     for module in MODULES:
         monkeypatch.setattr(module, "launch", launch_last)
     monkeypatch.setattr(interpreter.GridExecutor, "_restore_args_dev", lambda *args: None)  # copies whole tensors onto themselves
@@ -226,6 +229,7 @@ def test_offsets_past_2_31(op, monkeypatch):
 
 # Slices of several tiles each: see rows_per_slice.
 FEW = {"depthwise_conv": 10, "depthwise_conv_norm": 3, "residual_scale": 2}
+MUTATED = {op: small(op, 2, 90 if op == "residual_scale" else 9, 5, 4) for op in OPS}
 MUTANTS = [
     ("depthwise_conv", "depthwise_conv", "tap = (kh + i) * K + kw", "tap = (kh + i) * K + K - 1 - kw", "out"),
     ("depthwise_conv", "depthwise_conv", "tap = K * K - 1 - tap", "tap = tap", "dx"),
@@ -245,7 +249,7 @@ MUTANTS = [
     ("depthwise_conv_norm", "depthwise_conv_norm", "normal * along[:, None]", "normal * total[:, None]", "dx"),
     ("depthwise_conv_norm", "depthwise_conv_norm", "dnorm_weight += grad * normal", "dnorm_weight = grad * normal", "dnorm_weight"),
     ("depthwise_conv_norm", "_common", "(s0 + s < S)", "(s0 + s < S - 1)", "d"),
-    ("residual_scale", "residual_scale", "row // L", "row % 2", "out"),
+    ("residual_scale", "residual_scale", "first + (row - first * L).to(tl.int32) // L", "first + (row * 0).to(tl.int32)", "out"),
     ("residual_scale", "residual_scale", "dgamma += grad", "dgamma = grad", "dgamma"),
     ("residual_scale", "_common", "(s0 + s < S)", "(s0 + s < S - 1)", "dgamma"),
 ]
@@ -268,13 +272,13 @@ def test_a_seeded_bug_is_caught(op, module, before, after, tensor, tmp_path, mon
     monkeypatch.setattr(sys.modules[f"{package}._common"], "TARGET_PROGRAMS", FEW[op])
     monkeypatch.setitem(sys.modules, f"fastconv.triton_kernels.{op}", mutant)
     with pytest.raises((AssertionError, InterpreterError), match=rf"{op} .* {tensor}|outside of every tensor"):
-        check_op(small(op, 2, 9, 5, 4), torch.float32, "triton")
+        check_op(MUTATED[op], torch.float32, "triton")
 
 
 def test_the_case_of_the_seeded_bugs_passes_without_one(monkeypatch):
     for op in OPS:
         monkeypatch.setattr(_common, "TARGET_PROGRAMS", FEW[op])
-        check_op(small(op, 2, 9, 5, 4), torch.float32, "triton")
+        check_op(MUTATED[op], torch.float32, "triton")
 
 
 def test_bfloat16_is_rounded_as_torch_rounds():

@@ -106,7 +106,7 @@ def depthwise_conv_norm_bwd_kernel(
     dnorm_bias = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
     end = tl.minimum((slice_index + 1) * slice_rows, rows)
     for row0 in range(slice_index * slice_rows, end, BLOCK_N):
-        row = row0 + tl.arange(0, BLOCK_N)
+        row = (row0 + tl.arange(0, BLOCK_N)).to(tl.int64)
         mask_row = (row < end)[:, None]
         offset = row[:, None] * C
         mu = tl.load(mean + row, mask=row < end, other=0.0)

@@ -14,6 +14,14 @@ def config(C: int) -> dict:
 
 
 @triton.jit
+def _load_mask(mask, row0, row, end, L):
+    """mask of the image of each row: [BLOCK_N, 1]. One 64-bit division a block, the lanes' in 32 bits."""
+    first = row0 // L
+    image = first + (row - first * L).to(tl.int32) // L
+    return tl.load(mask + image, mask=row < end, other=0.0).to(tl.float32)[:, None]
+
+
+@triton.jit
 def residual_scale_fwd_kernel(
     shortcut,  # (N, L, C) as (rows, C)
     y,  # (N, L, C)
@@ -26,7 +34,8 @@ def residual_scale_fwd_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    row = (tl.program_id(0) // tl.cdiv(C, BLOCK_C)).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row0 = (tl.program_id(0) // tl.cdiv(C, BLOCK_C)).to(tl.int64) * BLOCK_N
+    row = row0 + tl.arange(0, BLOCK_N)
     c = tl.program_id(0) % tl.cdiv(C, BLOCK_C) * BLOCK_C + tl.arange(0, BLOCK_C)
     offset = row[:, None] * C + c[None, :]
     inside = (row < rows)[:, None] & (c < C)[None, :]
@@ -34,7 +43,7 @@ def residual_scale_fwd_kernel(
     if gamma is not None:
         value *= tl.load(gamma + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
     if mask is not None:
-        value *= tl.load(mask + row // L, mask=row < rows, other=0.0).to(tl.float32)[:, None]
+        value *= _load_mask(mask, row0, row, rows, L)
     value += tl.load(shortcut + offset, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + offset, value.to(out.dtype.element_ty), mask=inside)
 
@@ -59,12 +68,12 @@ def residual_scale_bwd_kernel(
     dgamma = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
     end = tl.minimum((slice_index + 1) * slice_rows, rows)
     for row0 in range(slice_index * slice_rows, end, BLOCK_N):
-        row = row0 + tl.arange(0, BLOCK_N)
+        row = (row0 + tl.arange(0, BLOCK_N)).to(tl.int64)
         offset = row[:, None] * C + c[None, :]
         inside = (row < end)[:, None] & (c < C)[None, :]
         grad = tl.load(dout + offset, mask=inside, other=0.0).to(tl.float32)
         if mask is not None:
-            grad *= tl.load(mask + row // L, mask=row < end, other=0.0).to(tl.float32)[:, None]
+            grad *= _load_mask(mask, row0, row, end, L)
         if partial is not None:
             dgamma += grad * tl.load(y + offset, mask=inside, other=0.0).to(tl.float32)
         if dy is not None:

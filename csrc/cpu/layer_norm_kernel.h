@@ -29,7 +29,8 @@ template <class A> void layer_norm_forward(const ForwardParams& p, const A* z, i
         const Vec<A> d = keep_lanes<A>(load_lanes<A>(z + full, tail) - mean, tail);
         square += d * d;
       }
-      const A rstd = A(1) / static_cast<A>(__builtin_sqrt(static_cast<double>(sum_lanes<A>(square) / static_cast<A>(C) + static_cast<A>(p.eps))));
+      // One channel is its own mean. 0 says so to backward, which sees z rounded and would find z - mean a little off 0.
+      const A rstd = C == 1 ? A(0) : A(1) / static_cast<A>(__builtin_sqrt(static_cast<double>(sum_lanes<A>(square) / static_cast<A>(C) + static_cast<A>(p.eps))));
       for (int64_t c = 0; c < full; c += kLanes<A>)
         store_as(y + c, (load_as(z + c) - mean) * rstd * load_as(weight + c) + load_as(bias + c));
       if (tail)
@@ -39,6 +40,8 @@ template <class A> void layer_norm_forward(const ForwardParams& p, const A* z, i
     }
   });
 }
+
+constexpr int64_t kAhead = 1024;  // elements: two streams a thread, which the hardware alone does not keep full
 
 // kPixels rows at once, so that norm_weight and the partial sums are loaded once for all of them.
 template <class A, int kPixels>
@@ -56,6 +59,8 @@ FC_INLINE void norm_backward_pixels(const BackwardParams& p, int64_t pixel, cons
     const Vec<A> g = load_lanes<A>(weight + c, lanes);
     Vec<A> dw = load_lanes<A>(dnorm_weight + c, lanes), db = load_lanes<A>(dnorm_bias + c, lanes);
     FC_UNROLL for (int i = 0; i < kPixels; ++i) {
+      prefetch(dy + i * C + c + kAhead);
+      prefetch(z + i * C + c + kAhead);
       const Vec<A> d = load_lanes<A>(dy + i * C + c, lanes);
       const Vec<A> xhat = (load_lanes<A>(z + i * C + c, lanes) - mean[i]) * rstd[i];
       sum[i] += g * d;

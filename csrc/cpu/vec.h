@@ -145,6 +145,10 @@ template <class A> void write(MutableArray a, int64_t begin, int64_t count, cons
   });
 }
 
+FC_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
+FC_INLINE void prefetch_l2(const void* p) { __builtin_prefetch(p, 0, 2); }
+FC_INLINE void prefetch_for_write(const void* p) { __builtin_prefetch(p, 1); }
+
 // Pieces of a thread's scratch, each on a cache line of its own.
 FC_INLINE int64_t aligned_bytes(int64_t bytes) { return round_up(bytes, 64); }
 template <class T> FC_INLINE T* carve(char*& scratch, int64_t count) {

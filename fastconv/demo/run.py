@@ -67,7 +67,8 @@ class Run:
         ramp = torch.optim.lr_scheduler.LinearLR(self.optimizer, 1 / (warmup + 1), total_iters=warmup)
         cosine = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, max(1, steps - warmup))
         self.schedule = torch.optim.lr_scheduler.SequentialLR(self.optimizer, [ramp, cosine], [warmup])
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        # A scale at which nothing overflows: a step that one run skips and the other takes would end the comparison.
+        self.scaler = torch.amp.GradScaler(self.device.type, init_scale=2.0**10, enabled=self.dtype == torch.float16)
 
     def to_device(self, images: torch.Tensor) -> torch.Tensor:
         return images.to(self.device, memory_format=LAYOUTS[self.layout])

@@ -25,7 +25,10 @@ def check_float(op: str, name: str, tensor: torch.Tensor) -> None:
 def check_device(op: str, x: torch.Tensor, **others: torch.Tensor | None) -> None:
     for name, tensor in others.items():
         if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"{op}: {name} must be on the device of its first argument ({x.device}), got {tensor.device}; move it with {name}.to({str(x.device)!r})")
+            raise ValueError(
+                f"{op}: {name} must be on the device of the first argument ({x.device}), got {tensor.device}; "
+                f"move it with {name}.to({str(x.device)!r})"
+            )
 
 
 def check_vector(op: str, name: str, tensor: torch.Tensor | None, C: int) -> None:

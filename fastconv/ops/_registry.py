@@ -8,7 +8,6 @@ namespace: `fastconv` holds the compiled kernels (the dispatcher picks CPU or CU
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib
 import importlib.util
 import os
@@ -29,6 +28,7 @@ OPS: dict[str, tuple[str, ...]] = {}  # op -> the backends that it has kernels f
 _libraries: dict[str, torch.library.Library] = {}
 _state: dict = {"forced": os.environ.get("FASTCONV_BACKEND") or None, "disabled": False}
 _disabled_ops = frozenset(filter(None, os.environ.get("FASTCONV_DISABLE", "").replace(" ", "").split(",")))
+_has_triton = importlib.util.find_spec("triton") is not None
 _interpreting = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -79,16 +79,14 @@ def hub(op: str):
     return importlib.import_module(f"fastconv.ops.{op}")
 
 
-@functools.cache
 def raw(name: str, backend: str):
     """The raw op `name` (such as "depthwise_conv_fwd") of a backend."""
     return getattr(getattr(torch.ops, NAMESPACES[backend]), name).default
 
 
-@functools.cache
 def triton_missing() -> str:
     """Why Triton cannot be used in this process, or ""."""
-    if importlib.util.find_spec("triton") is None:
+    if not _has_triton:
         return "triton is not installed (pip install triton)"
     if torch.version.hip is not None and _state["forced"] != "triton":
         return "Triton on ROCm is untested: force it with fastconv.use_backend('triton')"

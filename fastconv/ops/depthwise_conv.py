@@ -32,10 +32,15 @@ def check_conv(op: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tenso
         raise ValueError(f"{op}: x must be (N, H, W, C), got {tuple(x.shape)}; add the batch dimension with x[None]")
     N, H, W, C = x.shape
     if weight.dim() != 4 or weight.shape[0] != C or weight.shape[1] != 1:
-        raise ValueError(f"{op}: weight must be (C, 1, K, K) with C={C}, got {tuple(weight.shape)}; x is NHWC: permute an NCHW tensor with x.permute(0, 2, 3, 1)")
+        raise ValueError(
+            f"{op}: weight must be (C, 1, K, K) with C={C}, got {tuple(weight.shape)}; "
+            "x is NHWC: permute an NCHW tensor with x.permute(0, 2, 3, 1)"
+        )
     K = weight.shape[2]
     if weight.shape[3] != K or K % 2 == 0:
-        raise ValueError(f"{op}: weight must have a square kernel of odd size, got {K} x {weight.shape[3]}; use torch.nn.functional.conv2d for others")
+        raise ValueError(
+            f"{op}: weight must have a square kernel of odd size, got {K} x {weight.shape[3]}; use torch.nn.functional.conv2d for others"
+        )
     check_vector(op, "bias", bias, C)
     if bias is not None and bias.dtype != weight.dtype:
         raise TypeError(f"{op}: bias must have the dtype of weight ({weight.dtype}), got {bias.dtype}")
@@ -71,7 +76,8 @@ def flops(x_shape, K: int) -> int:
 # weight's dtype, dx has x's.
 SCHEMAS = {
     "depthwise_conv_fwd": "(Tensor x, Tensor weight, Tensor? bias, ScalarType out_dtype) -> Tensor",
-    "depthwise_conv_bwd": "(Tensor dy, Tensor x, Tensor weight, bool need_dx, bool need_dweight) -> (Tensor dx, Tensor dweight, Tensor dbias)",
+    "depthwise_conv_bwd": "(Tensor dy, Tensor x, Tensor weight, bool need_dx, bool need_dweight)"
+    " -> (Tensor dx, Tensor dweight, Tensor dbias)",
 }
 
 

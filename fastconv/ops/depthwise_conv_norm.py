@@ -24,7 +24,9 @@ def check(x, weight, bias, norm_weight, norm_bias) -> Shape:
     if norm_bias.dtype != norm_weight.dtype:
         raise TypeError(f"{OP}: norm_bias must have the dtype of norm_weight ({norm_weight.dtype}), got {norm_bias.dtype}")
     if (norm_weight.dtype == torch.float64) != (x.dtype == torch.float64):
-        raise TypeError(f"{OP}: float64 cannot be mixed with other dtypes: x is {x.dtype}, norm_weight {norm_weight.dtype}; convert all of them")
+        raise TypeError(
+            f"{OP}: float64 cannot be mixed with other dtypes: x is {x.dtype}, norm_weight {norm_weight.dtype}; convert all of them"
+        )
     check_device(OP, x, norm_weight=norm_weight, norm_bias=norm_bias)
     return shape
 

@@ -53,7 +53,8 @@ def reference(shortcut, y, gamma=None, mask=None):
 # the shortcut's gradient is dout itself.
 SCHEMAS = {
     "residual_scale_fwd": "(Tensor shortcut, Tensor y, Tensor? gamma, Tensor? mask, ScalarType out_dtype) -> Tensor",
-    "residual_scale_bwd": "(Tensor dout, Tensor y, Tensor? gamma, Tensor? mask, bool need_dy, bool need_dgamma) -> (Tensor dy, Tensor dgamma)",
+    "residual_scale_bwd": "(Tensor dout, Tensor y, Tensor? gamma, Tensor? mask, bool need_dy, bool need_dgamma)"
+    " -> (Tensor dy, Tensor dgamma)",
 }
 
 

@@ -66,10 +66,12 @@ def patch(
             continue
         base = patchable_class(type(module)) if current is None else current._fastconv.base
         kind = type(module)
-        if current is not None:
-            module.__class__ = rebased(kind, current, base, memo)
-        layout, inspected = rule.inspect(module)
-        module.__class__ = kind
+        try:
+            if current is not None:  # what it computes is to be read from its own forward
+                module.__class__ = rebased(kind, current, base, memo)
+            layout, inspected = rule.inspect(module)
+        finally:
+            module.__class__ = kind
         rows = tuple((op, *inspected[op]) for op in OPS if op in requested)
         new = make_sites(name, module, rows, warned)
         sites += new.values()
@@ -97,9 +99,10 @@ def unpatch(model: nn.Module) -> nn.Module:
         current = current_fast_class(module)
         if current is not None:
             swaps.append((module, rebased(type(module), current, current._fastconv.base, memo)))
-        _sites.pop(module, None)
     for module, kind in swaps:
         module.__class__ = kind
+    for module in model.modules():
+        _sites.pop(module, None)
     return model
 
 

@@ -106,6 +106,8 @@ def _depthwise_reason(conv: nn.Module) -> str:
     """Why the op cannot be this convolution, or ""."""
     if unwrapped(type(conv)) is not nn.Conv2d:
         return f"its convolution is a {type(conv).__name__}"
+    if nn.Conv2d.forward.__qualname__ != "Conv2d.forward":
+        return f"torch.nn.Conv2d.forward was replaced by {nn.Conv2d.forward.__qualname__}"
     K = conv.kernel_size[0]
     requirements = {
         "depthwise without channel multiplier": conv.groups == conv.in_channels == conv.out_channels,
@@ -154,7 +156,7 @@ def _drop_path_reason(drop_path: nn.Module) -> str:
     if unwrapped(type(drop_path)) is nn.Identity:
         return ""
     reason = f"{type(drop_path).__name__} is not stochastic depth with one mask value an image"
-    if hasattr(drop_path, "_fastconv") or next(drop_path.parameters(), None) is not None or len(list(drop_path.children())):
+    if any(True for _ in (*drop_path.parameters(), *drop_path.children())):
         return reason
     probe = copy.deepcopy(drop_path)
     try:
@@ -209,8 +211,10 @@ def read_block(
     if not _is_shortcut(shortcut, x):
         raise Unsupported("its forward does not end in a sum with its input")
     steps: list[tuple] = []
+    last = node
     while node is not x:
-        if len([u for u in node.users if u is not result]) > (0 if node in result.args else 1):
+        last = node
+        if len(node.users) != 1:  # by an operation in place, say
             raise Unsupported(f"the output of {node.target} is used twice")
         dims = _permutation(node)
         if node.op == "call_module" and len(node.args) == 1 and not node.kwargs:
@@ -221,13 +225,13 @@ def read_block(
             node = node.args[0]
         elif _is(node, _MUL) and len(node.args) == 2:
             steps.append(("scale", node))
-            node = next(
-                (a for a in node.args if isinstance(a, torch.fx.Node) and (a is x or a.op != "get_attr") and not _reads_parameter(a)), None
-            )
+            node = next((a for a in node.args if isinstance(a, torch.fx.Node) and not _reads_parameter(a)), None)
         else:
             raise Unsupported(f"its forward holds {node.target!r}, which the fused block does not know")
         if not isinstance(node, torch.fx.Node):
             raise Unsupported("its forward is not one chain of operations")
+    if not set(x.users) <= {last, shortcut, result}:
+        raise Unsupported("its input is used otherwise too")
     steps.reverse()
     return _parse(block, steps, shortcut.target if shortcut is not x else "", drop_paths, inline, in_place)
 

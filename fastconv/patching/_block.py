@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..ops import depthwise_conv_norm, is_disabled, residual_scale
+from ..ops._registry import ORDER
 from ._analysis import BlockLayout, Unsupported, read_block
 from ._module import PLAIN, FastModule, bypass_reason, child_at, choose, sites_of
 
@@ -32,15 +33,21 @@ class BlockRule:
 
     def inspect(self, block: nn.Module) -> tuple[BlockLayout | None, dict[str, tuple[str, str]]]:
         """The layout, and (status, reason) of each op. Without a layout every op is declined."""
-        reason = self.unsupported
-        if "forward" in block.__dict__:
-            reason = "its forward is replaced on the instance"
-        if not reason:
-            try:
-                return read_block(block, self.drop_paths, self.inline, self.in_place)
-            except Unsupported as error:
-                reason = str(error)
-        return None, dict.fromkeys(OPS, ("declined", reason))
+        reason = "its forward is replaced on the instance" if "forward" in block.__dict__ else self.unsupported
+        training = block.training
+        try:
+            if reason:
+                raise Unsupported(reason)
+            found = []
+            for block.training in (not training, training):
+                found.append(read_block(block, self.drop_paths, self.inline, self.in_place))
+            if found[0] != found[1]:
+                raise Unsupported("its forward computes something else in training than in eval mode")
+            return found[0]
+        except Unsupported as error:
+            return None, dict.fromkeys(OPS, ("declined", str(error)))
+        finally:
+            block.training = training
 
 
 class FastBlock(FastModule):
@@ -112,9 +119,7 @@ def _tail_reason(block: FastBlock, layout: BlockLayout, x: torch.Tensor) -> str:
 
 def _autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
     device = x.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return None
-    return torch.get_autocast_dtype(device)
+    return torch.get_autocast_dtype(device) if device in ORDER and torch.is_autocast_enabled(device) else None
 
 
 def _norm_dtype(block: FastBlock, layout: BlockLayout, device: str, compute_dtype: torch.dtype) -> torch.dtype:

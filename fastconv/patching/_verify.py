@@ -29,9 +29,10 @@ def verify(model: nn.Module, *inputs: torch.Tensor) -> Verification:
     """Compare the patched model with its original code on these inputs, outputs and gradients, in eval mode.
 
     The truth is a float64 copy that runs the original code. The patched outputs may be at most 2x as far from it as the
-    original's, the gradients 3x, plus the dtype's rounding (float32 1e-5 for outputs and 1e-4 for gradients, 8x its
-    epsilon for half types). Leaves parameters, .grad, buffers, modes and random streams as they are.
+    original's, the gradients 3x, plus the dtype's rounding (float32 1e-5 for outputs and 1e-4 for gradients, its epsilon
+    for half types). Leaves parameters, .grad, buffers, modes and random streams as they are.
     """
+    device = next((x.device.type for x in inputs), "cpu")
     modes = [(m, m.training) for m in model.modules()]
     model.eval()
     try:
@@ -39,14 +40,13 @@ def verify(model: nn.Module, *inputs: torch.Tensor) -> Verification:
         with disabled():
             plain_outputs, plain_gradients = _run(model, inputs)
             truth_inputs = [x.double() if x.is_floating_point() else x for x in inputs]
-            device = next((x.device.type for x in inputs), "cpu")
             with torch.autocast(device, enabled=False):
                 true_outputs, true_gradients = _run(copy.deepcopy(model).double(), truth_inputs)
     finally:
         for module, training in modes:
             module.training = training
-    dtype = outputs.dtype
-    output_atol, gradient_atol = (1e-5, 1e-4) if dtype in (torch.float32, torch.float64) else (8 * torch.finfo(dtype).eps,) * 2
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else outputs.dtype
+    output_atol, gradient_atol = (1e-5, 1e-4) if dtype in (torch.float32, torch.float64) else (torch.finfo(dtype).eps,) * 2
     error, plain = _relative(outputs, true_outputs), _relative(plain_outputs, true_outputs)
     errors = {n: (_relative(gradients[n], g), _relative(plain_gradients[n], g)) for n, g in true_gradients.items()}
     failures = [] if error <= 2 * plain + output_atol else [f"outputs: {error:.2e} against {plain:.2e} unpatched"]
