@@ -22,10 +22,10 @@ PYBIND11_MODULE(_C, m) {
     const auto b = fastconv::forward_bands({N, H, W, C, K}, threads);
     return py::make_tuple(b.rows, b.per_image, b.count);
   }, FC_SHAPE, shape("threads"), "(rows, bands an image, bands) of the forward pass.");
-  m.def("backward_plan", [](int64_t N, int64_t H, int64_t W, int64_t C, int64_t K, int64_t channel_blocks) {
-    const auto p = fastconv::backward_plan({N, H, W, C, K}, channel_blocks);
+  m.def("backward_plan", [](int64_t N, int64_t H, int64_t W, int64_t C, int64_t K, int64_t channel_blocks, bool norm) {
+    const auto p = fastconv::backward_plan({N, H, W, C, K}, channel_blocks, norm);
     return py::make_tuple(p.bands.count, p.slices, p.groups);
-  }, FC_SHAPE, shape("channel_blocks"), "(bands, slices, channel groups) of the backward pass.");
+  }, FC_SHAPE, shape("channel_blocks"), shape("norm"), "(bands, slices, channel groups) of the backward pass.");
 
 #define FC_COUNT(name, expression, doc)                                                                           \
   m.def(name, [](int64_t N, int64_t H, int64_t W, int64_t C, int64_t K) {                                          \

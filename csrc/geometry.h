@@ -46,10 +46,14 @@ struct BackwardPlan {
   int64_t groups;  // of channel blocks: the second dimension of the grid of tasks
 };
 
-constexpr BackwardPlan backward_plan(const ConvShape& s, int64_t channel_blocks) {
-  constexpr int64_t kRows = 14, kSlices = 64, kTasks = 64;
+// With the norm every group sums over the channels of its slice again: fewer groups.
+constexpr BackwardPlan backward_plan(const ConvShape& s, int64_t channel_blocks, bool norm) {
+  constexpr int64_t kRows = 14, kSlices = 64;
+  const int64_t kTasks = norm ? 8 : 64;
   const Bands bands = split_bands(s.N, s.H, kRows);
-  const int64_t slices = std::max<int64_t>(1, std::min(bands.count, kSlices));
+  // A partial is as large as K * K pixels: at least twice as many share one, unless that leaves fewer than four slices.
+  const int64_t worthwhile = std::max<int64_t>(4, s.pixels() / (2 * s.K * s.K));
+  const int64_t slices = std::max<int64_t>(1, std::min({bands.count, kSlices, worthwhile}));
   const int64_t groups = std::max<int64_t>(1, std::min(channel_blocks, ceil_div(kTasks, slices)));
   return {bands, slices, groups};
 }

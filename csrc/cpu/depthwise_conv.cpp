@@ -41,26 +41,42 @@ ForwardParams forward_params(const ConvShape& shape, const Tensor& x, const Tens
 std::tuple<Tensor, Tensor, Tensor> conv_backward(BackwardParams& p, const Tensor& x, const Tensor& weight, bool need_dx, bool need_dweight) {
   const Kernels& k = kernels();
   const ScalarType type = weight.scalar_type(), acc = accumulation_type(x.scalar_type());
+  const int64_t C = p.shape.C, taps = p.shape.K * p.shape.K, lanes = k.vector_bytes / dtype_size(dtype_of(acc)), blocks = ceil_div(C, lanes);
   Tensor dx = need_dx ? torch::stable::empty_like(x) : nothing(x, x.scalar_type());
-  Tensor dweight = nothing(weight, type), dbias = nothing(weight, type);
-  if (!need_dx && !need_dweight) return {dx, dweight, dbias};
-
-  const int64_t C = p.shape.C, taps = p.shape.K * p.shape.K, lanes = k.vector_bytes / dtype_size(dtype_of(acc));
-  p.plan = backward_plan(p.shape, ceil_div(C, lanes));
   Tensor packed = pack_weight(weight, p.shape, true, acc);
-  Tensor partial = need_dweight ? empty(x, {p.plan.slices, taps + 1, C}, acc) : nothing(x, acc);
+  Tensor partial = need_dweight ? empty(x, {p.plan.slices, blocks, taps + 1, lanes}, acc) : nothing(x, acc);
   p.packed = packed.const_data_ptr();
   p.x = array(x);
   if (need_dx) p.dx = mutable_array(dx);
   p.partial = need_dweight ? partial.mutable_data_ptr() : nullptr;
   run(p, p.plan.slices * p.plan.groups, k.backward_scratch, k.backward);
-  if (!need_dweight) return {dx, dweight, dbias};
+  if (!need_dweight) return {dx, nothing(weight, type), nothing(weight, type)};
 
-  Tensor sum = torch::stable::view(reduce(partial, p.plan.slices, (taps + 1) * C), {taps + 1, C});
-  Tensor taps_last = torch::stable::contiguous(torch::stable::transpose(torch::stable::narrow(sum, 0, 0, taps), 0, 1));
-  dweight = in_type(torch::stable::view(taps_last, {C, 1, p.shape.K, p.shape.K}), type);
-  dbias = torch::stable::clone(in_type(torch::stable::view(torch::stable::narrow(sum, 0, taps, 1), {C}), type));
-  return {dx, dweight, dbias};
+  Tensor sum = reduce(partial, p.plan.slices, blocks * (taps + 1) * lanes);
+  Tensor dweight = empty(weight, {C, 1, p.shape.K, p.shape.K}, acc), dbias = empty(weight, {C}, acc);
+  with_accumulation(acc, [&](auto* type_pointer) {
+    using A = std::remove_pointer_t<decltype(type_pointer)>;
+    const A* from = static_cast<const A*>(sum.const_data_ptr());
+    A* to = static_cast<A*>(dweight.mutable_data_ptr());
+    A* to_bias = static_cast<A*>(dbias.mutable_data_ptr());
+    torch::stable::parallel_for(0, C, 64, [&](int64_t begin, int64_t end) {
+      for (int64_t c = begin; c < end; ++c) {
+        const A* column = from + c / lanes * (taps + 1) * lanes + c % lanes;
+        for (int64_t tap = 0; tap < taps; ++tap) to[c * taps + tap] = column[tap * lanes];
+        to_bias[c] = column[taps * lanes];
+      }
+    });
+  });
+  return {dx, in_type(dweight, type), in_type(dbias, type)};
+}
+
+BackwardParams backward_params(const ConvShape& shape, bool norm, const Tensor& dy) {
+  BackwardParams p{};
+  p.shape = shape;
+  const int64_t lanes = kernels().vector_bytes / dtype_size(dtype_of(accumulation_type(dy.scalar_type())));
+  p.plan = backward_plan(shape, ceil_div(shape.C, lanes), norm);
+  p.dy = array(dy);
+  return p;
 }
 
 namespace {
@@ -80,10 +96,10 @@ Tensor depthwise_conv_fwd(Tensor x, Tensor weight, std::optional<Tensor> bias, S
 }
 
 std::tuple<Tensor, Tensor, Tensor> depthwise_conv_bwd(Tensor dy, Tensor x, Tensor weight, bool need_dx, bool need_dweight) {
-  BackwardParams p{};
-  p.shape = conv_shape(kOp, x, weight);
-  check_tensor(kOp, "dy", dy, {p.shape.N, p.shape.H, p.shape.W, p.shape.C}, x.scalar_type());
-  p.dy = array(dy);
+  const ConvShape shape = conv_shape(kOp, x, weight);
+  check_tensor(kOp, "dy", dy, {shape.N, shape.H, shape.W, shape.C}, x.scalar_type());
+  BackwardParams p = backward_params(shape, false, dy);
+  if (!need_dx && !need_dweight) return {nothing(x, x.scalar_type()), nothing(weight, weight.scalar_type()), nothing(weight, weight.scalar_type())};
   return conv_backward(p, x, weight, need_dx, need_dweight);
 }
 

@@ -252,13 +252,13 @@ template <class A> void forward_as(const ForwardParams& p, char* scratch, int64_
 
 // dz of one channel block of a row: dy itself, or the norm's backward
 //   dz = rstd (g dy - mean_c(g dy) - xhat mean_c(g dy xhat)),   xhat = (z - mean) rstd,   g = norm_weight
-template <class A> FC_INLINE void stage_dz(const BackwardParams& p, int64_t pixel, int64_t c0, int64_t lanes, A* out) {
+// with the two means from couple().
+template <class A> FC_INLINE void stage_dz(const BackwardParams& p, int64_t pixel, const A* coupling, int64_t c0, int64_t lanes, A* out) {
   const ConvShape& s = p.shape;
   if (!p.norm_weight) return stage_row(p.dy, s, pixel, c0, lanes, out);
   const Vec<A> g = load_lanes<A>(static_cast<const A*>(p.norm_weight) + c0, lanes);
   const A* mean = static_cast<const A*>(p.mean) + pixel;
   const A* rstd = static_cast<const A*>(p.rstd) + pixel;
-  const A* coupling = static_cast<const A*>(p.coupling) + 2 * pixel;
   with_type<A>(p.dy.dtype, [&](auto* dy_type) __attribute__((always_inline)) {
     with_type<A>(p.z.dtype, [&](auto* z_type) __attribute__((always_inline)) {
       auto* dy = reinterpret_cast<decltype(dy_type)>(at(p.dy, pixel * s.C + c0));
@@ -282,62 +282,85 @@ template <class A> FC_INLINE void stage_dz(const BackwardParams& p, int64_t pixe
   });
 }
 
-template <class A> int64_t backward_scratch_as(const BackwardParams& p) {
-  return Ring<A>::bytes(p.shape) + aligned_bytes(row_elements<A>(p.shape) * sizeof(A)) + aligned_bytes(p.shape.K * p.shape.K * kVectorBytes);
-}
-
-// The bands [band0, band1) of one channel block; their dweight and dbias go to `partial`, [K * K + 1][C].
+// One band of one channel block. dweight [K * K][lanes] and, behind it, dbias gain the band's share; null: not needed.
+// `coupling` starts at the first row of the band's halo, halo_h0.
 template <class A, int kK>
-void backward_block(const BackwardParams& p, Ring<A>& ring, A* x_row, A* dweight, int64_t block, int64_t band0, int64_t band1, A* partial) {
+void backward_block(const BackwardParams& p, Ring<A>& ring, A* x_row, const A* coupling, int64_t halo_h0, int64_t block, int64_t n, int64_t h0,
+                    int64_t h1, A* dweight) {
   const ConvShape& s = p.shape;
   const int64_t c0 = block * kLanes<A>, lanes = s.C - c0 < kLanes<A> ? s.C - c0 : kLanes<A>, taps = s.K * s.K;
   const A* weight = static_cast<const A*>(p.packed) + block * taps * kLanes<A>;
   Vec<A> dbias[4] = {};
-  if (partial)
-    for (int64_t k = 0; k < taps; ++k) store(dweight + k * kLanes<A>, zero<A>());
-  for (int64_t band = band0; band < band1; ++band) {
-    const int64_t n = band / p.plan.bands.per_image, h0 = band % p.plan.bands.per_image * p.plan.bands.rows;
-    const int64_t h1 = h0 + p.plan.bands.rows < s.H ? h0 + p.plan.bands.rows : s.H;
-    ring.start(h0);
-    for (int64_t h = h0; h < h1; ++h) {
-      const int64_t pixel = (n * s.H + h) * s.W;
-      int64_t first, end;
-      ring.window(h, first, end, [&](int64_t r, A* out) __attribute__((always_inline)) { stage_dz(p, (n * s.H + r) * s.W, c0, lanes, out); });
-      if (p.dx.data)
-        with_type<A>(p.dx.dtype, [&](auto* type) __attribute__((always_inline)) {
-          using T = std::remove_cv_t<std::remove_pointer_t<decltype(type)>>;
-          T* dx = reinterpret_cast<T*>(at(p.dx, pixel * s.C + c0));
-          for (int64_t w = 0; w < s.W; ++w) prefetch_for_write(dx + (w + s.W) * s.C);
-          conv_row<A, kK>(ring.rows, first, end, weight, s.K, s.W,
-                          [&](int64_t w, Vec<A> v) __attribute__((always_inline)) { store_lanes<A>(dx + w * s.C, v, lanes); });
-        });
-      if (partial) {
-        stage_row(p.x, s, pixel, c0, lanes, x_row);
-        wgrad_row<A, kK>(ring.rows, first, end, x_row, s.K, s.W, dweight);
-        const A* dz = ring.rows[s.pad()] + s.pad() * kLanes<A>;
-        for (int64_t w = 0; w < s.W; ++w) dbias[w & 3] += load(dz + w * kLanes<A>);
-      }
+  ring.start(h0);
+  for (int64_t h = h0; h < h1; ++h) {
+    const int64_t pixel = (n * s.H + h) * s.W;
+    int64_t first, end;
+    ring.window(h, first, end, [&](int64_t r, A* out) __attribute__((always_inline)) {
+      stage_dz(p, (n * s.H + r) * s.W, coupling + 2 * (r - halo_h0) * s.W, c0, lanes, out);
+    });
+    if (p.dx.data)
+      with_type<A>(p.dx.dtype, [&](auto* type) __attribute__((always_inline)) {
+        using T = std::remove_cv_t<std::remove_pointer_t<decltype(type)>>;
+        T* dx = reinterpret_cast<T*>(at(p.dx, pixel * s.C + c0));
+        for (int64_t w = 0; w < s.W; ++w) prefetch_for_write(dx + (w + s.W) * s.C);
+        conv_row<A, kK>(ring.rows, first, end, weight, s.K, s.W,
+                        [&](int64_t w, Vec<A> v) __attribute__((always_inline)) { store_lanes<A>(dx + w * s.C, v, lanes); });
+      });
+    if (dweight) {
+      stage_row(p.x, s, pixel, c0, lanes, x_row);
+      wgrad_row<A, kK>(ring.rows, first, end, x_row, s.K, s.W, dweight);
+      const A* dz = ring.rows[s.pad()] + s.pad() * kLanes<A>;
+      for (int64_t w = 0; w < s.W; ++w) dbias[w & 3] += load(dz + w * kLanes<A>);
     }
   }
-  if (!partial) return;
-  for (int64_t k = 0; k < taps; ++k) store_lanes<A>(partial + k * s.C + c0, load(dweight + k * kLanes<A>), lanes);
-  store_lanes<A>(partial + taps * s.C + c0, (dbias[0] + dbias[1]) + (dbias[2] + dbias[3]), lanes);
+  if (dweight) store(dweight + taps * kLanes<A>, load(dweight + taps * kLanes<A>) + ((dbias[0] + dbias[1]) + (dbias[2] + dbias[3])));
+}
+
+template <class A> int64_t halo_elements(const BackwardParams& p) {
+  return p.norm_weight ? 2 * (p.plan.bands.rows + 2 * p.shape.pad()) * p.shape.W : 0;
+}
+
+template <class A> int64_t backward_scratch_as(const BackwardParams& p) {
+  const int64_t row = row_elements<A>(p.shape), norm_row = 2 * kNormPixels * p.shape.C;
+  return Ring<A>::bytes(p.shape) + aligned_bytes(row * sizeof(A)) + aligned_bytes(halo_elements<A>(p) * sizeof(A)) + aligned_bytes(norm_row * sizeof(A));
 }
 
 template <class A> void backward_as(const BackwardParams& p, char* scratch, int64_t begin, int64_t end) {
   const ConvShape& s = p.shape;
   Ring<A> ring(scratch, s);
   A* x_row = carve<A>(scratch, row_elements<A>(s));
-  A* dweight = carve<A>(scratch, s.K * s.K * kLanes<A>);
-  const int64_t blocks = ceil_div(s.C, kLanes<A>), bands = p.plan.bands.count;
+  A* coupling = carve<A>(scratch, halo_elements<A>(p));
+  A* norm_row = carve<A>(scratch, 2 * kNormPixels * s.C);
+  const int64_t blocks = ceil_div(s.C, kLanes<A>), block_elements = (s.K * s.K + 1) * kLanes<A>, bands = p.plan.bands.count;
   for (int64_t task = begin; task < end; ++task) {
     const int64_t slice = task / p.plan.groups, group = task % p.plan.groups;
-    const int64_t block1 = part_begin(blocks, p.plan.groups, group + 1);
-    A* partial = p.partial ? static_cast<A*>(p.partial) + slice * (s.K * s.K + 1) * s.C : nullptr;
-    for (int64_t block = part_begin(blocks, p.plan.groups, group); block < block1; ++block)
-      with_kernel_size(s.K, [&](auto size) __attribute__((always_inline)) {
-        backward_block<A, decltype(size)::value>(p, ring, x_row, dweight, block, part_begin(bands, p.plan.slices, slice),
-                                                 part_begin(bands, p.plan.slices, slice + 1), partial);
-      });
+    const int64_t block0 = part_begin(blocks, p.plan.groups, group), block1 = part_begin(blocks, p.plan.groups, group + 1);
+    A* partial = p.partial ? static_cast<A*>(p.partial) + slice * blocks * block_elements : nullptr;
+    A* dnorm = p.norm_weight && group == 0 ? static_cast<A*>(p.norm_partial) + slice * 2 * s.C : nullptr;
+    if (partial)
+      for (int64_t i = block0 * block_elements; i < block1 * block_elements; ++i) partial[i] = 0;
+    if (dnorm)
+      for (int64_t c = 0; c < 2 * s.C; ++c) dnorm[c] = 0;
+    const int64_t band1 = part_begin(bands, p.plan.slices, slice + 1);
+    for (int64_t band = part_begin(bands, p.plan.slices, slice); band < band1; ++band) {
+      const int64_t n = band / p.plan.bands.per_image, h0 = band % p.plan.bands.per_image * p.plan.bands.rows;
+      const int64_t h1 = h0 + p.plan.bands.rows < s.H ? h0 + p.plan.bands.rows : s.H;
+      const int64_t halo_h0 = h0 > s.pad() ? h0 - s.pad() : 0, halo_h1 = h1 + s.pad() < s.H ? h1 + s.pad() : s.H;
+      if (p.norm_weight) {
+        // Here and not in a pass of its own: dy and z are then in the L2 cache when the blocks stage them.
+        const auto pixel = [&](int64_t h) { return (n * s.H + h) * s.W; };
+        const auto out = [&](int64_t h) { return coupling + 2 * (h - halo_h0) * s.W; };
+        couple<A, false>(p, pixel(halo_h0), pixel(h0), norm_row, out(halo_h0), nullptr);
+        if (dnorm) couple<A, true>(p, pixel(h0), pixel(h1), norm_row, out(h0), dnorm);
+        else couple<A, false>(p, pixel(h0), pixel(h1), norm_row, out(h0), nullptr);
+        couple<A, false>(p, pixel(h1), pixel(halo_h1), norm_row, out(h1), nullptr);
+      }
+      if (!p.dx.data && !partial) continue;
+      for (int64_t block = block0; block < block1; ++block)
+        with_kernel_size(s.K, [&](auto size) __attribute__((always_inline)) {
+          backward_block<A, decltype(size)::value>(p, ring, x_row, coupling, halo_h0, block, n, h0, h1,
+                                                   partial ? partial + block * block_elements : nullptr);
+        });
+    }
   }
 }

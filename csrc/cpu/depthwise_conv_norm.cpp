@@ -39,10 +39,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> depthwise_conv_norm_fwd(
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> depthwise_conv_norm_bwd(
     Tensor dy, Tensor x, Tensor weight, Tensor norm_weight, Tensor z, Tensor mean, Tensor rstd,
     bool need_dx, bool need_dweight, bool need_dnorm) {
-  const Kernels& k = kernels();
-  BackwardParams p{};
-  p.shape = conv_shape(kOp, x, weight);
-  const auto [N, H, W, C, K] = p.shape;
+  const ConvShape shape = conv_shape(kOp, x, weight);
+  const auto [N, H, W, C, K] = shape;
   check_tensor(kOp, "dy", dy, {N, H, W, C}, x.scalar_type());
   check_tensor(kOp, "z", z, {N, H, W, C}, x.scalar_type());
   check_tensor(kOp, "norm_weight", norm_weight, {C}, x.scalar_type());
@@ -51,21 +49,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> depthwise_conv_norm_bwd(
   const ScalarType acc = accumulation_type(x.scalar_type()), norm_type = norm_weight.scalar_type();
   STD_TORCH_CHECK(mean.scalar_type() == acc && rstd.scalar_type() == acc, kOp, ": mean and rstd must have the accumulation dtype");
 
-  p.norm_slices = pixel_slices(p.shape.pixels());
-  Tensor norm_weight_acc = in_type(norm_weight, acc);
-  Tensor coupling = empty(x, {p.shape.pixels(), 2}, acc), norm_partial = empty(x, {p.norm_slices, 2, C}, acc);
-  p.dy = array(dy);
+  BackwardParams p = backward_params(shape, true, dy);
+  Tensor norm_weight_acc = in_type(norm_weight, acc), norm_partial = empty(x, {p.plan.slices, 2, C}, acc);
   p.z = array(z);
   p.norm_weight = norm_weight_acc.const_data_ptr();
   p.mean = mean.const_data_ptr();
   p.rstd = rstd.const_data_ptr();
-  p.coupling = coupling.mutable_data_ptr();
   p.norm_partial = norm_partial.mutable_data_ptr();
-  run(p, p.norm_slices, k.norm_backward_scratch, k.norm_backward);
-
   auto [dx, dweight, dbias] = conv_backward(p, x, weight, need_dx, need_dweight);
   if (!need_dnorm) return {dx, dweight, dbias, nothing(x, norm_type), nothing(x, norm_type)};
-  Tensor sum = torch::stable::view(reduce(norm_partial, p.norm_slices, 2 * C), {2, C});
+  Tensor sum = torch::stable::view(reduce(norm_partial, p.plan.slices, 2 * C), {2, C});
   const auto row = [&](int64_t i) { return torch::stable::clone(in_type(torch::stable::view(torch::stable::narrow(sum, 0, i, 1), {C}), norm_type)); };
   return {dx, dweight, dbias, row(0), row(1)};
 }

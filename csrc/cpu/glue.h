@@ -50,21 +50,25 @@ void run(const Params& p, int64_t tasks, int64_t (*scratch_bytes)(const Params&)
   });
 }
 
+// Element type of the accumulation type `acc`: f(static_cast<A*>(nullptr)).
+template <class F> void with_accumulation(ScalarType acc, F&& f) {
+  if (acc == ScalarType::Double) f(static_cast<double*>(nullptr));
+  else f(static_cast<float*>(nullptr));
+}
+
 // Sum of [slices][count] over the slices, in order, so that the bits do not depend on the number of threads.
-template <class A> Tensor reduce_as(const Tensor& partial, int64_t slices, int64_t count, ScalarType type) {
-  Tensor sum = empty(partial, {count}, type);
-  const A* from = static_cast<const A*>(partial.const_data_ptr());
-  A* to = static_cast<A*>(sum.mutable_data_ptr());
-  torch::stable::parallel_for(0, count, 4096, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) to[i] = from[i];
-    for (int64_t slice = 1; slice < slices; ++slice)
-      for (int64_t i = begin; i < end; ++i) to[i] += from[slice * count + i];
+inline Tensor reduce(const Tensor& partial, int64_t slices, int64_t count) {
+  Tensor sum = empty(partial, {count}, partial.scalar_type());
+  with_accumulation(partial.scalar_type(), [&](auto* type) {
+    const auto* from = static_cast<decltype(type)>(const_cast<void*>(partial.const_data_ptr()));
+    auto* to = static_cast<decltype(type)>(sum.mutable_data_ptr());
+    torch::stable::parallel_for(0, count, 4096, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) to[i] = from[i];
+      for (int64_t slice = 1; slice < slices; ++slice)
+        for (int64_t i = begin; i < end; ++i) to[i] += from[slice * count + i];
+    });
   });
   return sum;
-}
-inline Tensor reduce(const Tensor& partial, int64_t slices, int64_t count) {
-  const ScalarType type = partial.scalar_type();
-  return type == ScalarType::Double ? reduce_as<double>(partial, slices, count, type) : reduce_as<float>(partial, slices, count, type);
 }
 
 // The convolution's weights as the kernels read them: [channel block][K * K][lanes].
@@ -72,8 +76,9 @@ Tensor pack_weight(const Tensor& weight, const ConvShape& shape, bool flip, Scal
 
 ConvShape conv_shape(const char* op, const Tensor& x, const Tensor& weight);
 ForwardParams forward_params(const ConvShape& shape, const Tensor& x, const Tensor& packed, const Tensor& bias);
+BackwardParams backward_params(const ConvShape& shape, bool norm, const Tensor& dy);
 Tensor bias_or_zeros(const char* op, const std::optional<Tensor>& bias, const Tensor& x, int64_t C, ScalarType acc);
-// dx, dweight and dbias from dy, or from dz where `p` carries the norm.
+// dx, dweight and dbias from dy, or through the norm where `p` carries it; then also the norm's partials.
 std::tuple<Tensor, Tensor, Tensor> conv_backward(BackwardParams& p, const Tensor& x, const Tensor& weight, bool need_dx, bool need_dweight);
 
 }  // namespace fastconv::cpu

@@ -45,14 +45,11 @@ struct BackwardParams {
   BackwardPlan plan;
   Array dy, x;
   const void* packed;                      // flipped weights
-  // with the norm, else null: z, its statistics, and per pixel the means over channels that couple them
-  Array z;
+  Array z;                                 // with the norm, else null: the convolution's output and its statistics
   const void *norm_weight, *mean, *rstd;   // [C], [pixels], [pixels]
-  void* coupling;                          // [pixels][2]
-  int64_t norm_slices;
-  void* norm_partial;                      // [norm_slices][2][C]: dnorm_weight, dnorm_bias
+  void* norm_partial;                      // [slices][2][C]: dnorm_weight, dnorm_bias
   MutableArray dx;                         // null: not needed
-  void* partial;                           // [slices][K * K + 1][C]: dweight, dbias; null: not needed
+  void* partial;                           // [slices][channel block][K * K + 1][lanes]: dweight, dbias; null: not needed
 };
 
 struct ResidualParams {
@@ -72,8 +69,6 @@ struct Kernels {
   // Each runs the tasks [begin, end); `scratch` is 64-byte aligned and belongs to the calling thread.
   int64_t (*forward_scratch)(const ForwardParams&);
   void (*forward)(const ForwardParams&, void* scratch, int64_t begin, int64_t end);  // a task is a band
-  int64_t (*norm_backward_scratch)(const BackwardParams&);
-  void (*norm_backward)(const BackwardParams&, void* scratch, int64_t begin, int64_t end);  // a task is a norm slice
   int64_t (*backward_scratch)(const BackwardParams&);
   void (*backward)(const BackwardParams&, void* scratch, int64_t begin, int64_t end);  // a task is slice * groups + group
   int64_t (*residual_scratch)(const ResidualParams&);

@@ -29,8 +29,6 @@ namespace {
   }
 FC_SCRATCH(forward_scratch, ForwardParams, p.x.dtype)
 FC_TASKS(forward, ForwardParams, p.x.dtype)
-FC_SCRATCH(norm_backward_scratch, BackwardParams, p.dy.dtype)
-FC_TASKS(norm_backward, BackwardParams, p.dy.dtype)
 FC_SCRATCH(backward_scratch, BackwardParams, p.dy.dtype)
 FC_TASKS(backward, BackwardParams, p.dy.dtype)
 FC_SCRATCH(residual_scratch, ResidualParams, p.y.dtype)
@@ -46,8 +44,6 @@ extern const Kernels FC_TABLE(FASTCONV_LEVEL) = {
     FC_NAMESPACE(FASTCONV_LEVEL)::pack_weight,
     FC_NAMESPACE(FASTCONV_LEVEL)::forward_scratch,
     FC_NAMESPACE(FASTCONV_LEVEL)::forward,
-    FC_NAMESPACE(FASTCONV_LEVEL)::norm_backward_scratch,
-    FC_NAMESPACE(FASTCONV_LEVEL)::norm_backward,
     FC_NAMESPACE(FASTCONV_LEVEL)::backward_scratch,
     FC_NAMESPACE(FASTCONV_LEVEL)::backward,
     FC_NAMESPACE(FASTCONV_LEVEL)::residual_scratch,

@@ -43,9 +43,11 @@ template <class A> void layer_norm_forward(const ForwardParams& p, const A* z, i
 
 constexpr int64_t kAhead = 1024;  // elements: two streams a thread, which the hardware alone does not keep full
 
-// kPixels rows at once, so that norm_weight and the partial sums are loaded once for all of them.
-template <class A, int kPixels>
-FC_INLINE void norm_backward_pixels(const BackwardParams& p, int64_t pixel, const A* dy, const A* z, A* dnorm_weight, A* dnorm_bias) {
+// The two means over channels that couple a pixel's channels in the norm's backward, mean_c(g dy) and mean_c(g dy xhat)
+// with g = norm_weight, for kPixels pixels at once, so that g and the partial sums are loaded once for all of them.
+// With kSum the pixels also count in dnorm_weight and dnorm_bias.
+template <class A, int kPixels, bool kSum>
+FC_INLINE void couple_pixels(const BackwardParams& p, int64_t pixel, const A* dy, const A* z, A* coupling, A* dnorm_weight, A* dnorm_bias) {
   const int64_t C = p.shape.C;
   const A* weight = static_cast<const A*>(p.norm_weight);
   A mean[kPixels], rstd[kPixels];
@@ -57,7 +59,7 @@ FC_INLINE void norm_backward_pixels(const BackwardParams& p, int64_t pixel, cons
   }
   const auto step = [&](int64_t c, int64_t lanes) __attribute__((always_inline)) {
     const Vec<A> g = load_lanes<A>(weight + c, lanes);
-    Vec<A> dw = load_lanes<A>(dnorm_weight + c, lanes), db = load_lanes<A>(dnorm_bias + c, lanes);
+    Vec<A> dw = zero<A>(), db = zero<A>();
     FC_UNROLL for (int i = 0; i < kPixels; ++i) {
       prefetch(dy + i * C + c + kAhead);
       prefetch(z + i * C + c + kAhead);
@@ -65,16 +67,16 @@ FC_INLINE void norm_backward_pixels(const BackwardParams& p, int64_t pixel, cons
       const Vec<A> xhat = (load_lanes<A>(z + i * C + c, lanes) - mean[i]) * rstd[i];
       sum[i] += g * d;
       product[i] += g * d * xhat;
-      dw += d * xhat;
-      db += d;
+      if (kSum) dw += d * xhat, db += d;
     }
-    store_lanes<A>(dnorm_weight + c, dw, lanes);
-    store_lanes<A>(dnorm_bias + c, db, lanes);
+    if (kSum) {
+      store_lanes<A>(dnorm_weight + c, load_lanes<A>(dnorm_weight + c, lanes) + dw, lanes);
+      store_lanes<A>(dnorm_bias + c, load_lanes<A>(dnorm_bias + c, lanes) + db, lanes);
+    }
   };
   const int64_t full = C / kLanes<A> * kLanes<A>;
   for (int64_t c = 0; c < full; c += kLanes<A>) step(c, kLanes<A>);
   if (full < C) step(full, C - full);
-  A* coupling = static_cast<A*>(p.coupling) + 2 * pixel;
   FC_UNROLL for (int i = 0; i < kPixels; ++i) {
     coupling[2 * i] = sum_lanes<A>(sum[i]) / static_cast<A>(C);
     coupling[2 * i + 1] = sum_lanes<A>(product[i]) / static_cast<A>(C);
@@ -83,24 +85,16 @@ FC_INLINE void norm_backward_pixels(const BackwardParams& p, int64_t pixel, cons
 
 constexpr int64_t kNormPixels = 4;
 
-template <class A> int64_t norm_backward_scratch_as(const BackwardParams& p) { return 2 * aligned_bytes(kNormPixels * p.shape.C * sizeof(A)); }
-
-// Per pixel the two means over channels that couple them, per slice a partial of dnorm_weight and dnorm_bias.
-template <class A> void norm_backward_as(const BackwardParams& p, char* scratch, int64_t begin, int64_t end) {
-  const int64_t C = p.shape.C, pixels = p.shape.pixels();
-  A* dy_scratch = carve<A>(scratch, kNormPixels * C);
-  A* z_scratch = carve<A>(scratch, kNormPixels * C);
-  for (int64_t slice = begin; slice < end; ++slice) {
-    A* partial = static_cast<A*>(p.norm_partial) + slice * 2 * C;
-    for (int64_t c = 0; c < 2 * C; ++c) partial[c] = 0;
-    const int64_t pixel1 = part_begin(pixels, p.norm_slices, slice + 1);
-    for (int64_t pixel = part_begin(pixels, p.norm_slices, slice); pixel < pixel1;) {
-      const int64_t count = pixel1 - pixel >= kNormPixels ? kNormPixels : 1;
-      const A* dy = read(p.dy, pixel * C, count * C, dy_scratch);
-      const A* z = read(p.z, pixel * C, count * C, z_scratch);
-      if (count == kNormPixels) norm_backward_pixels<A, kNormPixels>(p, pixel, dy, z, partial, partial + C);
-      else norm_backward_pixels<A, 1>(p, pixel, dy, z, partial, partial + C);
-      pixel += count;
-    }
+// couple_pixels for the pixels [begin, end); `row` holds 2 kNormPixels C values.
+template <class A, bool kSum> void couple(const BackwardParams& p, int64_t begin, int64_t end, A* row, A* coupling, A* dnorm) {
+  const int64_t C = p.shape.C;
+  for (int64_t pixel = begin; pixel < end;) {
+    const int64_t count = end - pixel >= kNormPixels ? kNormPixels : 1;
+    const A* dy = read(p.dy, pixel * C, count * C, row);
+    const A* z = read(p.z, pixel * C, count * C, row + kNormPixels * C);
+    A* out = coupling + 2 * (pixel - begin);
+    if (count == kNormPixels) couple_pixels<A, kNormPixels, kSum>(p, pixel, dy, z, out, dnorm, dnorm + C);
+    else couple_pixels<A, 1, kSum>(p, pixel, dy, z, out, dnorm, dnorm + C);
+    pixel += count;
   }
 }
