@@ -64,7 +64,12 @@ MUTANTS = {
         "",
         ("depthwise_conv_norm",),
     ),
-    "partial sum lost": ("glue.h", "slice < slices; ++slice)\n        for", "slice + 1 < slices; ++slice)\n        for", tuple(sorted(OPS))),
+    "partial sum lost": (
+        "glue.h",
+        "slice < slices; ++slice)\n        for",
+        "slice + 1 < slices; ++slice)\n        for",
+        tuple(sorted(OPS)),
+    ),
     "mask forgotten": (TAIL, "load_lanes<A>(y + row + c, lanes) * mask;", "load_lanes<A>(y + row + c, lanes);", ("residual_scale",)),
     "mask forgotten in dgamma": (TAIL, "+ sum * mask, lanes)", "+ sum, lanes)", ("residual_scale",)),
     "dgamma of the last chunk alone": (TAIL, "load_lanes<A>(dgamma + c, lanes) + sum * mask", "sum * mask", ("residual_scale",)),

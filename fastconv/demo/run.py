@@ -26,8 +26,8 @@ class Options:
     data: Path | None = None
     device: str = "cpu"
     dtype: str = "float32"
-    batch_size: int = 32
-    steps: int = 24
+    batch_size: int = 8
+    steps: int = 48
     image_size: int = 64
     seed: int = 0
     output: Path = Path("fastconv-demo.png")
@@ -62,7 +62,7 @@ class Run:
         self.dtype = DTYPES[self.options.dtype]
         self.model.to(memory_format=LAYOUTS[self.layout])
         self.criterion = SoftTargetCrossEntropy()
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=2e-4, weight_decay=0.05)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=2e-4, weight_decay=0.05, fused=True)
         warmup, steps = max(1, self.options.steps // 6), self.options.steps
         ramp = torch.optim.lr_scheduler.LinearLR(self.optimizer, 1 / (warmup + 1), total_iters=warmup)
         cosine = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, max(1, steps - warmup))
