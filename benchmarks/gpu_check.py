@@ -51,7 +51,7 @@ def check(case, dtype: torch.dtype) -> str:
 
     try:
         check_op(case, dtype, "triton", device="cuda")
-    except Exception as error:
+    except Exception as error:  # a wrong result, a failed compilation or a launch error: each is one red line, and the rest goes on
         return f"{case.op} {case} {dtype}: {type(error).__name__}: {error}"
     return ""
 
