@@ -14,6 +14,8 @@ PYBIND11_MODULE(_C, m) {
     facts["torch_target"] = FASTCONV_TORCH_TARGET;
     facts["torch_built_with"] = FASTCONV_TORCH_VERSION;
     facts["cxx_standard"] = static_cast<long>(__cplusplus);
+    facts["cuda"] = FASTCONV_CUDA;
+    facts["cuda_missing"] = FASTCONV_CUDA_MISSING;
     return facts;
   });
   const auto shape = [](const char* name) { return py::arg(name); };
@@ -26,6 +28,20 @@ PYBIND11_MODULE(_C, m) {
     const auto p = fastconv::backward_plan({N, H, W, C, K}, channel_blocks, norm);
     return py::make_tuple(p.bands.count, p.slices, p.groups);
   }, FC_SHAPE, shape("channel_blocks"), shape("norm"), "(bands, slices, channel groups) of the backward pass.");
+
+  m.def("cuda_forward_tiles", [](int64_t N, int64_t H, int64_t W, int64_t C, int64_t K, int64_t size) {
+    const auto t = fastconv::conv_forward_tiles({N, H, W, C, K}, size);
+    return py::make_tuple(t.images, t.rows, t.columns, t.count);
+  }, FC_SHAPE, shape("size"), "(images, rows, columns, tiles) of the forward pass on a GPU, x of `size` bytes an element.");
+  m.def("cuda_backward_plan", [](int64_t N, int64_t H, int64_t W, int64_t C, int64_t K) {
+    const ConvShape s{N, H, W, C, K};
+    const auto t = fastconv::conv_backward_tiles(s);
+    return py::make_tuple(t.images, t.rows, t.columns, t.count, fastconv::conv_wgrad_slices(s), fastconv::norm_bwd_slices(s));
+  }, FC_SHAPE, "(images, rows, columns, tiles, partials of dweight, partials of dnorm_weight) of the backward pass on a GPU.");
+  m.def("cuda_partial_floats", [](int64_t N, int64_t H, int64_t W, int64_t C, int64_t K, bool norm) {
+    const ConvShape s{N, H, W, C, K};
+    return fastconv::conv_wgrad_floats(s) + (norm ? fastconv::norm_bwd_floats(s) : 0);
+  }, FC_SHAPE, shape("norm"), "Floats of all partial sums of the backward pass on a GPU; each is written and read once.");
 
 #define FC_COUNT(name, expression, doc)                                                                           \
   m.def(name, [](int64_t N, int64_t H, int64_t W, int64_t C, int64_t K) {                                          \

@@ -64,6 +64,54 @@ constexpr int64_t pixel_slices(int64_t pixels) { return std::max<int64_t>(1, std
 // First item of part `i` when `count` items are split into `parts` runs as even as possible.
 constexpr int64_t part_begin(int64_t count, int64_t parts, int64_t i) { return count / parts * i + std::min(i, count % parts); }
 
+// --- CUDA. The splits follow the shape alone: the same bits on every GPU.
+
+// A block works on kConvChunk channels, a thread on a run of kConvRun outputs along W.
+constexpr int64_t kConvChunk = 32, kConvRun = 7;
+
+// Tiles of rows x columns outputs, whole runs wide, as even as they come. Of small maps a tile holds those of several
+// images, so that a block has enough threads.
+struct ConvTiles {
+  int64_t images, rows, columns;  // of a tile; the last ones may reach past the map, or past the last image
+  int64_t down, across;           // tiles of an image, or of `images` of them
+  int64_t count;                  // tiles in all
+  constexpr int64_t runs() const { return columns / kConvRun; }  // of a row
+};
+
+constexpr ConvTiles conv_tiles(const ConvShape& s, int64_t max_rows, int64_t max_runs) {
+  if (s.pixels() == 0) return {};
+  constexpr int64_t kRuns = 28, kStaged = 700;  // of a tile of several images: runs; pixels in shared memory
+  const int64_t runs_of_map = ceil_div(s.W, kConvRun), across = ceil_div(runs_of_map, max_runs), down = ceil_div(s.H, max_rows);
+  const int64_t rows = ceil_div(s.H, down), runs = ceil_div(runs_of_map, across), columns = runs * kConvRun;
+  const int64_t staged = (rows + s.K - 1) * ((columns + s.K - 1) | 1) + rows * (columns | 1);  // an odd number to a row
+  const int64_t images = down * across > 1 ? 1 : std::max<int64_t>(1, std::min({s.N, kRuns / (rows * runs), kStaged / staged}));
+  return {images, rows, columns, down, across, ceil_div(s.N, images) * down * across};
+}
+// A large tile reads less halo, and where elements are narrow it still fits beside others in shared memory. Backward has
+// two to hold, of x and of dy.
+constexpr ConvTiles conv_forward_tiles(const ConvShape& s, int64_t size) { return size == 2 ? conv_tiles(s, 14, 4) : conv_tiles(s, 20, 2); }
+constexpr ConvTiles conv_backward_tiles(const ConvShape& s) { return conv_tiles(s, 14, 2); }
+
+// Runs of consecutive tiles, or for a general K of rows, with one partial dweight and dbias each. A float32 partial is
+// written and read: with 16 K * K pixels to each it stays below 5% of backward's bytes in bfloat16.
+constexpr int64_t conv_wgrad_slices(const ConvShape& s) {
+  constexpr int64_t kBlocks = 1024, kFew = 4;
+  const int64_t most = std::max(kFew, kBlocks / std::max<int64_t>(1, ceil_div(s.C, kConvChunk)));
+  const int64_t worthwhile = std::max(kFew, s.pixels() / (16 * s.K * s.K));
+  return std::max<int64_t>(1, std::min({conv_backward_tiles(s).count, most, worthwhile}));
+}
+constexpr int64_t conv_wgrad_floats(const ConvShape& s) { return conv_wgrad_slices(s) * s.C * (s.K * s.K + 1); }
+
+// Runs of consecutive pixels with one partial dnorm_weight and dnorm_bias each.
+constexpr int64_t norm_bwd_slices(const ConvShape& s) {
+  constexpr int64_t kBlocks = 512, kFew = 24;
+  return std::max<int64_t>(1, std::min(std::max(kFew, std::min(kBlocks, s.pixels() / 256)), ceil_div(s.pixels(), 32)));
+}
+constexpr int64_t norm_bwd_floats(const ConvShape& s) { return norm_bwd_slices(s) * 2 * s.C; }
+
+// The norm is a second kernel, which reads z.
+constexpr bool conv_norm_writes_z(const ConvShape&) { return true; }
+
 // Floating-point operations: a multiply-add counts as two. The norm: 8 an element forward, 14 backward.
 constexpr int64_t conv_flops(const ConvShape& s) { return 2 * s.elements() * s.K * s.K; }
 constexpr int64_t conv_norm_flops(const ConvShape& s) { return conv_flops(s) + 8 * s.elements(); }

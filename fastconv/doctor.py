@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import platform
 from importlib import metadata
 
@@ -36,10 +35,10 @@ def facts() -> dict[str, str]:
     else:
         found["GPU"] = "torch sees none"
     found["CPU kernels"] = _library.cpu_missing or f"built, using {torch.ops.fastconv.cpu_capability()}; {torch.get_num_threads()} threads"
-    if importlib.util.find_spec("fastconv._C") is not None:
-        from fastconv import _C
-
-        found["built with"] = ", ".join(f"{name} {value}" for name, value in _C.build_info().items())
+    built = _library.build_info()
+    found["CUDA kernels"] = _library.cuda_missing or f"built by {built.get('cuda', 'an unknown compiler')}"
+    if built:
+        found["built with"] = ", ".join(f"{name} {value}" for name, value in built.items() if not name.startswith("cuda"))
     return found
 
 
@@ -48,6 +47,8 @@ def missing(op: str, backend: str) -> str:
     if backend == "eager":
         return ""
     device = _DEVICE[backend]
+    if device == "cuda" and torch.cuda.is_available():
+        torch.cuda.init()  # only then is the GPU itself looked at
     reason = _registry.missing(op, backend, device, ())
     if not reason and device == "cuda" and not torch.cuda.is_available():
         return "torch sees no GPU"

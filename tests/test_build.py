@@ -63,10 +63,10 @@ def sdist(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def wheel(sdist, tmp_path_factory):
-    """Built by pip from the source distribution, so that a file missing there is missed."""
+    """Built by pip from the source distribution, so that a file missing there is missed. The CPU's compiled parts alone: minutes less."""
     folder = tmp_path_factory.mktemp("wheel")
     options = ("--no-index", "--no-build-isolation", "--no-deps", "--wheel-dir", folder)
-    result = run(sys.executable, "-m", "pip", "wheel", *options, sdist, cwd=folder, FASTCONV_CPU="1")
+    result = run(sys.executable, "-m", "pip", "wheel", *options, sdist, cwd=folder, FASTCONV_CPU="1", FASTCONV_CUDA="0")
     assert result.returncode == 0, result.stdout + result.stderr
     return only(folder, "*.whl")
 
@@ -117,7 +117,7 @@ def test_sdist_holds_all_that_a_build_and_its_tests_need(sdist):
 def test_wheel_holds_the_package_and_its_libraries(wheel):
     names = members(wheel)
     assert not package_files() - names
-    assert "fastconv/_ops_cpu.so" in names
+    assert "fastconv/_ops_cpu.so" in names and "fastconv/_ops_cuda.so" not in names
     assert any(name.startswith("fastconv/_C.") for name in names)
     assert any(name.endswith("licenses/LICENSE") for name in names)
     top = {name.split("/")[0] for name in names}
@@ -161,6 +161,14 @@ def test_installed_wheel_runs_the_cpu_kernels(wheel, tmp_path):
     paths = [word for word in result.stdout.split() if word.startswith("/")]
     assert len(paths) == 3 and all(path.startswith(str(site)) for path in paths), result.stdout
     assert "backend='cpu', reason=''" in result.stdout
+
+
+@needs_compiler
+def test_the_doctor_of_a_build_without_cuda_says_why(wheel, tmp_path):
+    site = install(wheel, tmp_path / "site")
+    result = python("from fastconv import doctor; print(doctor.__file__); doctor.main()", tmp_path, PYTHONPATH=str(site))
+    assert result.returncode == 0 and result.stdout.startswith(str(site)), result.stderr
+    assert re.search(r"^CUDA kernels +the CUDA library is not built: FASTCONV_CUDA=0 ", result.stdout, re.M), result.stdout
 
 
 def test_without_compiled_parts_it_runs_eager_and_says_why(plain_wheel, tmp_path):

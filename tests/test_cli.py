@@ -75,6 +75,8 @@ def test_doctor_gives_the_reason_for_what_is_missing(monkeypatch):
     monkeypatch.setattr(_registry._library, "cpu_missing", "the CPU library is not built")
     assert doctor.missing("depthwise_conv", "cpu") == "the CPU library is not built"
     assert doctor.facts()["CPU kernels"] == "the CPU library is not built"
+    monkeypatch.setattr(_registry._library, "cuda_missing", "the CUDA library is not built: a remedy")
+    assert doctor.missing("depthwise_conv", "cuda") == doctor.facts()["CUDA kernels"] == "the CUDA library is not built: a remedy"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert doctor.missing("depthwise_conv", "triton") in ("torch sees no GPU", _registry.triton_missing())
     monkeypatch.setattr(_registry, "triton_missing", lambda: "triton is not installed (pip install triton)")

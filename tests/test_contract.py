@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastconv import ops, use_backend
+from fastconv import _library, ops, use_backend
 from fastconv.ops._registry import BACKENDS, NAMESPACES, OPS, hub
 from fastconv.testing import CASES, RawCalls, make_inputs, run
 
@@ -132,6 +132,8 @@ def test_every_raw_op_has_schema_fake_and_kernels(op):
         namespace = NAMESPACES[backend]
         for name in hub(op).SCHEMAS:
             qualified = f"{namespace}::{name}"
+            if backend == "cuda" and _library.cuda_missing:  # a machine without nvcc; where it is, test_cuda_build.py demands the library
+                continue
             assert torch._C._dispatch_has_kernel_for_dispatch_key(qualified, "Meta"), f"{qualified} has no fake kernel"
             assert torch._C._dispatch_has_kernel_for_dispatch_key(qualified, "CUDA" if backend == "triton" else backend.upper()), qualified
             schema = getattr(getattr(torch.ops, namespace), name).default._schema

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -37,32 +38,57 @@ def test_eager_says_why(op, monkeypatch):
     monkeypatch.setattr(_library, "cpu_missing", "the CPU library is not built (a remedy)")
     assert select(op, tensor) == ("eager", "cpu: the CPU library is not built (a remedy)")
     assert select(op, tensor.to("meta")) == ("eager", "no kernels for device type meta")
-    assert missing(op, "cuda", "cuda", (torch.float32,))
     monkeypatch.setattr(_registry, "_disabled_ops", frozenset([op]))
     assert select(op, tensor) == ("eager", "FASTCONV_DISABLE")
 
 
 @every_op
+def test_cuda_says_why(op, monkeypatch):
+    def reason(device="cuda", dtype=torch.float32):
+        return missing(op, "cuda", device, (dtype,))
+
+    assert reason(device="cpu") == "the CUDA C++ kernels need CUDA tensors, got cpu"
+    assert reason(dtype=torch.float64) == "float64: the CUDA C++ kernels accumulate in float32"
+    monkeypatch.setattr(_library, "cuda_missing", "the CUDA library is not built: a remedy")
+    assert reason() == "the CUDA library is not built: a remedy"
+    monkeypatch.setattr(_library, "cuda_missing", "")
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    asked = []
+    gpu = types.SimpleNamespace(major=7, minor=5)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: asked.append(device) or gpu)
+    assert reason(device=torch.device("cuda", 3)) == "the CUDA C++ kernels need compute capability 8.0, the GPU has 7.5"
+    assert asked == [torch.device("cuda", 3)]
+    for gpu.major in (8, 9, 12):
+        assert reason() == ""
+
+
+class OnCuda:
+    """As much of a tensor as the choice looks at, so that it can be read without a GPU."""
+
+    device = torch.device("cuda", 0)
+
+    def __init__(self, dtype):
+        self.dtype = dtype
+
+
+@every_op
 def test_order_on_cuda(op, monkeypatch):
-    """By device type alone, so that it can be read without a GPU: CUDA C++, then Triton, then eager."""
-
-    class OnCuda:
-        device = torch.device("cuda", 0)
-        dtype = torch.float32
-
+    """CUDA C++, then Triton, then eager."""
+    monkeypatch.setattr(_library, "cuda_missing", "")
+    monkeypatch.setattr(_registry, "cuda_missing", lambda device: _library.cuda_missing)  # whatever GPU is here
     monkeypatch.setattr(_registry, "triton_missing", lambda: "")
-    choice = select(op, OnCuda())
-    if missing(op, "cuda", "cuda", (torch.float32,)):
-        assert choice.backend == "triton"
-    else:
-        assert choice == ("cuda", "")
-    OnCuda.dtype = torch.float64
-    assert select(op, OnCuda()).backend in ("cuda", "eager")
-    if select(op, OnCuda()).backend == "eager":
-        assert "triton: float64: the Triton kernels accumulate in float32" in select(op, OnCuda()).reason
-    OnCuda.dtype = torch.float32
+    assert select(op, OnCuda(torch.float32)) == ("cuda", "")
+    assert select(op, OnCuda(torch.float64)) == (
+        "eager",
+        "cuda: float64: the CUDA C++ kernels accumulate in float32; triton: float64: the Triton kernels accumulate in float32",
+    )
+    monkeypatch.setattr(_library, "cuda_missing", "the CUDA library is not built: a remedy")
+    assert select(op, OnCuda(torch.float32)).backend == "triton"
     monkeypatch.setattr(_registry, "triton_missing", lambda: "triton is not installed (pip install triton)")
-    assert select(op, OnCuda()).backend == "cuda" or "pip install triton" in select(op, OnCuda()).reason
+    assert select(op, OnCuda(torch.float32)) == (
+        "eager",
+        "cuda: the CUDA library is not built: a remedy; triton: triton is not installed (pip install triton)",
+    )
 
 
 @every_op

@@ -93,16 +93,29 @@ def triton_missing() -> str:
     return ""
 
 
-def missing(op: str, backend: str, device: str, dtypes: tuple[torch.dtype, ...]) -> str:
-    """Why `backend` cannot run `op` on this device type and these dtypes, or ""."""
+def cuda_missing(device: torch.device | str) -> str:
+    """Why the CUDA C++ kernels cannot run on this device, or ""."""
+    if _library.cuda_missing or not torch.cuda.is_initialized():  # before that there is no CUDA tensor
+        return _library.cuda_missing
+    gpu = torch.cuda.get_device_properties(device)  # unlike get_device_capability a constant to torch.compile
+    return "" if gpu.major >= 8 else f"the CUDA C++ kernels need compute capability 8.0, the GPU has {gpu.major}.{gpu.minor}"
+
+
+def missing(op: str, backend: str, device: torch.device | str, dtypes: tuple[torch.dtype, ...]) -> str:
+    """Why `backend` cannot run `op` on this device and these dtypes, or ""."""
     if backend not in OPS[op]:
         return f"{op} has no {backend} kernel"
+    kind = torch.device(device).type
     if backend == "cpu":
-        return _library.cpu_missing if device == "cpu" else f"the cpu kernels need CPU tensors, got {device}"
+        return _library.cpu_missing if kind == "cpu" else f"the cpu kernels need CPU tensors, got {kind}"
     if backend == "cuda":
-        return "the CUDA C++ kernels are not built"
-    if device != "cuda" and not (device == "cpu" and _interpreting):
-        return f"Triton needs CUDA tensors, got {device}"
+        if kind != "cuda":
+            return f"the CUDA C++ kernels need CUDA tensors, got {kind}"
+        if torch.float64 in dtypes:
+            return "float64: the CUDA C++ kernels accumulate in float32"
+        return cuda_missing(device)
+    if kind != "cuda" and not (kind == "cpu" and _interpreting):
+        return f"Triton needs CUDA tensors, got {kind}"
     if torch.float64 in dtypes:
         return "float64: the Triton kernels accumulate in float32"
     return triton_missing()
@@ -114,7 +127,7 @@ def select(op: str, *tensors: torch.Tensor | None) -> Choice:
     Raises RuntimeError where `use_backend` or FASTCONV_BACKEND names a backend that cannot run the call.
     """
     given = [t for t in tensors if t is not None]
-    device = given[0].device.type
+    device = given[0].device
     dtypes = tuple(t.dtype for t in given)
     if _state["disabled"]:
         return Choice("eager", "fastconv.disabled()")
@@ -129,19 +142,19 @@ def select(op: str, *tensors: torch.Tensor | None) -> Choice:
             raise RuntimeError(f"{op}: backend {forced!r} was asked for and cannot run: {reason}")
         return Choice(forced, "forced" if forced == "eager" else "")
     reasons = []
-    for backend in ORDER.get(device, ()):
+    for backend in ORDER.get(device.type, ()):
         if backend not in OPS[op]:
             continue
         reason = missing(op, backend, device, dtypes)
         if not reason:
             return Choice(backend)
         reasons.append(f"{backend}: {reason}")
-    return Choice("eager", "; ".join(reasons) or f"no kernels for device type {device}")
+    return Choice("eager", "; ".join(reasons) or f"no kernels for device type {device.type}")
 
 
 @contextlib.contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
-    """Force every op of this process onto one backend ("cpu", "triton", "eager"; None: automatic) inside the block.
+    """Force every op of this process onto one backend ("cpu", "cuda", "triton", "eager"; None: automatic) inside the block.
 
     A call that the backend cannot run raises RuntimeError instead of falling back.
     """

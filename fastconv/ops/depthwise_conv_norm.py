@@ -89,7 +89,7 @@ _registry.define(
     SCHEMAS,
     {"depthwise_conv_norm_fwd": _fake_fwd, "depthwise_conv_norm_bwd": _fake_bwd},
     {"depthwise_conv_norm_fwd": _flops_fwd, "depthwise_conv_norm_bwd": _flops_bwd},
-    backends=("cpu", "triton"),
+    backends=("cpu", "cuda", "triton"),
 )
 
 

@@ -82,7 +82,7 @@ _registry.define(
         "residual_scale_fwd": lambda shortcut_shape, *args, **kwargs: 3 * _numel(shortcut_shape),
         "residual_scale_bwd": lambda dout_shape, *args, **kwargs: 4 * _numel(dout_shape),
     },
-    backends=("cpu", "triton"),
+    backends=("cpu", "cuda", "triton"),
 )
 
 

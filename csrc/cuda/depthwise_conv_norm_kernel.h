@@ -1,0 +1,29 @@
+// depthwise_conv_norm on the GPU: what the launchers take. The formula is in fastconv/ops/depthwise_conv_norm.py.
+#pragma once
+
+#include "depthwise_conv_kernel.h"
+
+namespace fastconv::cuda {
+
+struct ConvNormForwardParams {
+  ConvForwardParams conv;        // conv.y is z; without data where it is neither kept nor conv_norm_writes_z(shape)
+  Array norm_weight, norm_bias;  // [C]
+  float eps;
+  MutableArray y;                // [N, H, W, C]
+  float *mean, *rstd;            // [N, H, W], or null
+};
+
+struct ConvNormBackwardParams {
+  ConvBackwardParams conv;                // conv.dy reads dz; conv.dx, conv.dweight and conv.dbias are results
+  Array dy, z;                            // [N, H, W, C]
+  Array norm_weight;                      // [C]
+  const float *mean, *rstd;               // [N, H, W]
+  MutableArray dz;                        // [N, H, W, C] scratch in the dtype of z; not needed without dx and dweight
+  MutableArray dnorm_weight, dnorm_bias;  // [C]; both or neither
+  float* norm_partial;                    // norm_bwd_floats(shape) floats where dnorm_weight is needed, else null
+};
+
+int depthwise_conv_norm_fwd_launch(const ConvNormForwardParams& p, Stream stream);
+int depthwise_conv_norm_bwd_launch(const ConvNormBackwardParams& p, Stream stream);
+
+}  // namespace fastconv::cuda

@@ -1,0 +1,209 @@
+// Runs blocks: a launch spreads them over OS threads, a block switches between the fibers of its threads.
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <mutex>
+#include <random>
+#include <thread>
+
+#include "block.h"
+
+namespace simt {
+
+Config config;
+thread_local constinit Coordinates here __attribute__((tls_model("initial-exec")));
+
+thread_local constinit Block* t_block __attribute__((tls_model("initial-exec"))) = nullptr;
+
+static std::string g_message;
+static std::mutex g_mutex;
+
+std::string place(Site site) {
+  const std::string file = site.file_name();
+  return file.substr(file.rfind('/') + 1) + ":" + std::to_string(site.line());
+}
+bool same(Site a, Site b) { return a.line() == b.line() && a.column() == b.column() && !std::strcmp(a.file_name(), b.file_name()); }
+
+void Block::report(const std::string& what) {
+  failed = true;
+  std::lock_guard lock(g_mutex);
+  const dim3 b = here.block;
+  if (g_message.empty())
+    g_message = what + " [block " + std::to_string(b.x) + ", " + std::to_string(b.y) + ", " + std::to_string(b.z) + "]";
+}
+
+void Block::stop(const std::string& what) {
+  report(what + ", thread " + std::to_string(running));
+  yield();  // for good
+  __builtin_trap();
+}
+
+void Block::yield() {
+  SIMT_ON_ASAN(void* fake = nullptr; const bool last = current().state == State::exited || failed;
+               __sanitizer_start_switch_fiber(last ? nullptr : &fake, scheduler_stack, scheduler_stack_size);)
+  SIMT_ON_TSAN(__tsan_switch_to_fiber(scheduler_fiber, 1);)  // 1: the switch itself orders nothing
+  simt_switch(&current().stack_pointer, scheduler);
+  SIMT_ON_ASAN(__sanitizer_finish_switch_fiber(fake, nullptr, nullptr);)
+}
+
+void Block::resume(unsigned i) {
+  Fiber& f = fibers[i];
+  running = i;
+  here.thread = f.thread;
+  f.state = State::ready;
+  SIMT_ON_ASAN(void* fake = nullptr; __sanitizer_start_switch_fiber(&fake, strands[f.slot].bottom, Strand::kSize);)
+  SIMT_ON_TSAN(__tsan_switch_to_fiber(strands[f.slot].tsan, f.entered ? 1 : 0);)  // 0: ordered after the launch
+  f.entered = true;
+  simt_switch(&scheduler, f.stack_pointer);
+  SIMT_ON_ASAN(__sanitizer_finish_switch_fiber(fake, nullptr, nullptr);)
+}
+
+void Block::entry() {
+  Block& b = *t_block;
+  SIMT_ON_ASAN(__sanitizer_finish_switch_fiber(nullptr, &b.scheduler_stack, &b.scheduler_stack_size);)
+  b.body();
+  SIMT_ON_TSAN(__tsan_release(&b.end_sync);)
+  Fiber& f = b.current();
+  if (f.landed != f.issued) b.stop("a thread exits with cp.async in flight");
+  f.state = State::exited;
+  --b.warp().alive;
+  if (--b.alive && b.barrier.arrived == b.alive) b.barrier.arrived = 0, ++b.barrier.generation;  // it no longer counts
+  b.yield();
+  __builtin_trap();
+}
+
+// Whoever comes last opens the meeting and runs on.
+void Block::arrive(Meeting& meeting, const char* what, Site site) {
+  if (!meeting.arrived++) {
+    meeting.what = what;
+    meeting.site = site;
+  } else if (!same(meeting.site, site)) {
+    stop(std::string(what) + " at " + place(site) + ", where another thread is in " + meeting.what + " at " + place(meeting.site));
+  }
+}
+
+void Block::wait(State state, const Meeting& meeting, unsigned generation) {
+  Fiber& f = current();
+  f.state = state;
+  f.what = meeting.what;
+  f.site = meeting.site;
+  f.generation = generation;
+  yield();
+}
+
+bool Block::runnable(const Fiber& f) const {
+  switch (f.state) {
+    case State::ready: return true;
+    case State::at_barrier: return barrier.generation != f.generation;
+    case State::in_collective: return warps[(&f - fibers.data()) / kWarp].meeting.generation != f.generation;
+    default: return false;
+  }
+}
+
+std::string Block::waiting() const {
+  std::string text = "deadlock";
+  for (unsigned i = 0, end; i < threads; i = end) {
+    const Fiber& f = fibers[i];
+    const auto alike = [&](const Fiber& g) { return g.state == f.state && (f.state == State::exited || same(g.site, f.site)); };
+    for (end = i; end < threads && alike(fibers[end]);) ++end;
+    const std::string first = std::to_string(i), last = std::to_string(end - 1);
+    text += std::string(i ? "; " : ": ") + (end - i > 1 ? "threads " + first + "-" + last : "thread " + first);
+    text += f.state == State::exited ? std::string(" exited") : std::string(" in ") + f.what + " at " + place(f.site);
+  }
+  return text;
+}
+
+void Block::prepare(uint64_t index) {
+  here.block = {static_cast<unsigned>(index % grid.x), static_cast<unsigned>(index / grid.x % grid.y),
+                static_cast<unsigned>(index / grid.x / grid.y)};
+  alive = threads;
+  barrier = {};
+  shared.clear();
+  shared.emplace_back(shared_bytes);
+  shared_used = shared_bytes;
+  const uint64_t scattered = (index + 1) * 0x9E3779B97F4A7C15u;
+  set = static_cast<unsigned>(scattered >> 56) % kSets;
+  const unsigned rotation = static_cast<unsigned>((scattered >> 32) % threads);
+  for (unsigned w = 0; w < warps.size(); ++w) {
+    warps[w].alive = std::min(kWarp, threads - w * kWarp);
+    warps[w].meeting = {};
+  }
+  for (unsigned i = 0; i < threads; ++i) {
+    Fiber& f = fibers[i];
+    f.thread = {i % size.x, i / size.x % size.y, i / (size.x * size.y)};
+    f.slot = set * threads + (i + rotation) % threads;
+    f.stack_pointer = strands[f.slot].prepare(entry);
+    f.entered = false;
+    f.state = State::ready;
+    f.shared_calls = f.group = f.landed = f.issued = 0;
+  }
+  if (counter) counter->start(static_cast<unsigned>(warps.size()));
+}
+
+bool Block::run(uint64_t index) {
+  t_block = this;
+  prepare(index);
+  SIMT_ON_TSAN(scheduler_fiber = __tsan_get_current_fiber();)
+  std::vector<unsigned> order(threads);
+  for (unsigned i = 0; i < threads; ++i) order[i] = config.order == Order::reverse ? threads - 1 - i : i;
+  std::mt19937 random(static_cast<unsigned>(config.seed + index * 7919));
+  for (bool progress = true; alive && !failed;) {
+    if (!progress) {
+      report(waiting());
+      break;
+    }
+    if (config.order == Order::random) std::shuffle(order.begin(), order.end(), random);
+    progress = false;
+    for (unsigned i : order) {
+      if (failed || !runnable(fibers[i])) continue;
+      progress = true;
+      resume(i);
+    }
+  }
+  if (counter)
+    for (unsigned w = 0; w < warps.size(); ++w) counter->meet(w);
+  t_block = nullptr;
+  return !failed;
+}
+
+const std::string& message() { return g_message; }
+
+int launch(dim3 grid, dim3 size, size_t shared_bytes, const std::function<void()>& body) {
+  g_message.clear();
+  const uint64_t threads = uint64_t{size.x} * size.y * size.z, blocks = uint64_t{grid.x} * grid.y * grid.z;
+  const bool bad_grid = !blocks || grid.x > 0x7FFFFFFF || grid.y > 65535 || grid.z > 65535;
+  if (bad_grid || !threads || threads > 1024 || size.z > 64) {
+    const auto text = [](dim3 d) { return std::to_string(d.x) + " x " + std::to_string(d.y) + " x " + std::to_string(d.z); };
+    g_message = "invalid configuration: grid " + text(grid) + ", block " + text(size);
+    return kInvalidConfiguration;
+  }
+  if (static_cast<int64_t>(shared_bytes) > config.shared_limit) {
+    g_message = "dynamic shared memory of " + std::to_string(shared_bytes) + " bytes, the limit is " + std::to_string(config.shared_limit);
+    return kInvalidValue;
+  }
+  std::atomic<uint64_t> next{blocks - std::min(blocks, config.last_blocks)};
+  std::atomic<bool> failed{false};
+  LaunchCount count;
+  count.grid = grid, count.block = size, count.shared_bytes = shared_bytes;
+  const auto work = [&] {
+    Block block(grid, size, shared_bytes, body);
+    if (config.count) block.counter = std::make_unique<Counter>();
+    for (uint64_t i; !failed && (i = next++) < blocks;)
+      if (!block.run(i)) failed = true;
+    std::lock_guard lock(g_mutex);
+    if (block.counter) count.merge(block.counter->total);
+  };
+  std::vector<std::thread> others;
+  for (unsigned i = 1; i < config.workers && i < blocks; ++i) others.emplace_back(work);
+  work();
+  for (std::thread& t : others) t.join();
+  if (config.count) publish(std::move(count));
+  return failed ? kLaunchFailure : 0;
+}
+
+}  // namespace simt
+
+SIMT_EXPORT void simt_configure(int order, unsigned seed, unsigned workers, int64_t shared_limit, uint64_t last_blocks, int count) {
+  simt::config = {static_cast<simt::Order>(order), seed, workers, shared_limit, last_blocks, count != 0};
+}
+SIMT_EXPORT const char* simt_message() { return simt::message().c_str(); }
