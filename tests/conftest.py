@@ -25,3 +25,9 @@ def threads():
 @pytest.fixture
 def one_thread(threads):
     threads(1)  # tiny tensors: more threads only wait for each other
+
+
+@pytest.fixture(autouse=True)
+def any_processor(monkeypatch):
+    """The reports of patched models are the same on every processor; test_patch_linear.py is about where they differ."""
+    monkeypatch.setattr("fastconv.patching._linear.PREFERS_CONVOLUTION", False)

@@ -24,6 +24,9 @@ BACKENDS = ("cpu", "cuda", "triton", "eager")
 ORDER = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}  # by device type; eager closes every order
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 OPS: dict[str, tuple[str, ...]] = {}  # op -> the backends that it has kernels for
+REROUTED = ("linear",)  # no ops of ours: `patch` hands these to another kernel of torch where that is the faster one
+
+TRANSFORM = "a torch.func transform is active"
 
 _libraries: dict[str, torch.library.Library] = {}
 _state: dict = {"forced": os.environ.get("FASTCONV_BACKEND") or None, "disabled": False}
@@ -36,8 +39,9 @@ def check_environment() -> None:
     """Called once every op is defined: a misspelt switch must not pass for an obeyed one."""
     if _state["forced"] not in (None, *BACKENDS):
         raise ValueError(f"FASTCONV_BACKEND must be one of {', '.join(BACKENDS)}, got {_state['forced']!r}")
-    for op in sorted(_disabled_ops - OPS.keys()):
-        raise ValueError(f"FASTCONV_DISABLE must list ops out of {', '.join(sorted(OPS))}, got {op!r}")
+    known = {*OPS, *REROUTED}
+    for op in sorted(_disabled_ops - known):
+        raise ValueError(f"FASTCONV_DISABLE must list ops out of {', '.join(sorted(known))}, got {op!r}")
 
 
 class Choice(NamedTuple):
@@ -108,6 +112,17 @@ def missing(op: str, backend: str, device: str, dtypes: tuple[torch.dtype, ...])
     return triton_missing()
 
 
+def switched_off(op: str) -> str:
+    """What has `op` run the original code in this call, whatever its tensors are, or "": a switch of the user's, a transform."""
+    if _state["disabled"]:
+        return "fastconv.disabled()"
+    if op in _disabled_ops:
+        return "FASTCONV_DISABLE"
+    if torch._C._are_functorch_transforms_active():
+        return TRANSFORM
+    return "forced" if _state["forced"] == "eager" else ""
+
+
 def select(op: str, *tensors: torch.Tensor | None) -> Choice:
     """The backend for a call of `op` on these tensors, and the reason where it is eager.
 
@@ -116,18 +131,15 @@ def select(op: str, *tensors: torch.Tensor | None) -> Choice:
     given = [t for t in tensors if t is not None]
     device = given[0].device.type
     dtypes = tuple(t.dtype for t in given)
-    if _state["disabled"]:
-        return Choice("eager", "fastconv.disabled()")
-    if op in _disabled_ops:
-        return Choice("eager", "FASTCONV_DISABLE")
-    if torch._C._are_functorch_transforms_active():
-        return Choice("eager", "a torch.func transform is active")
+    reason = switched_off(op)
+    if reason:
+        return Choice("eager", reason)
     forced = _state["forced"]
     if forced is not None:
-        reason = "" if forced == "eager" else missing(op, forced, device, dtypes)
+        reason = missing(op, forced, device, dtypes)
         if reason:
             raise RuntimeError(f"{op}: backend {forced!r} was asked for and cannot run: {reason}")
-        return Choice(forced, "forced" if forced == "eager" else "")
+        return Choice(forced)
     reasons = []
     for backend in ORDER.get(device, ()):
         if backend not in OPS[op]:

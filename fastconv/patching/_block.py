@@ -8,12 +8,15 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..ops import depthwise_conv_norm, is_disabled, residual_scale
-from ..ops._registry import ORDER
+from ..ops import Choice, depthwise_conv_norm, is_disabled, residual_scale
+from ..ops._registry import ORDER, REROUTED, switched_off
 from ._analysis import BlockLayout, Unsupported, read_block
+from ._linear import linear
 from ._module import PLAIN, FastModule, bypass_reason, child_at, choose, sites_of
+from ._report import record
 
-OPS = ("depthwise_conv_norm", "residual_scale")
+FUSED = ("depthwise_conv_norm", "residual_scale")
+OPS = (*FUSED, *REROUTED)
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class BlockRule:
                 raise Unsupported("its forward computes something else in training than in eval mode")
             return found[0]
         except Unsupported as error:
-            return None, dict.fromkeys(OPS, ("declined", str(error)))
+            return None, dict.fromkeys(FUSED, ("declined", str(error)))
         finally:
             block.training = training
 
@@ -66,14 +69,11 @@ class FastBlock(FastModule):
         reason = _input_reason(x)
         head = choose(self, "depthwise_conv_norm", reason or _head_reason(self, layout, x), x)
         tail = choose(self, "residual_scale", reason or _tail_reason(self, layout, x), x)
-        if not head and not tail:
+        reroute = not reason and _may_reroute(self, layout)
+        if not head and not tail and not reroute:
             return super().forward(*args, **kwargs)
         y = _fused_head(self, layout, x) if head else _plain_head(self, layout, x)
-        for step in layout.body:
-            if step in ("nchw", "nhwc"):
-                y = y.permute(0, 3, 1, 2) if step == "nchw" else y.permute(0, 2, 3, 1)
-            else:
-                y = child_at(self, step)(y)
+        y = _rerouted_body(self, layout, y) if reroute else _plain_body(self, layout.body, y)
         return _fused_tail(self, layout, x, y) if tail else _plain_tail(self, layout, x, y)
 
 
@@ -147,6 +147,38 @@ def _plain_head(block: FastBlock, layout: BlockLayout, x: torch.Tensor) -> torch
     if layout.norm_view == "nchw":
         return child_at(block, layout.norm)(y).permute(0, 2, 3, 1)
     return child_at(block, layout.norm)(y.permute(0, 2, 3, 1))
+
+
+def _plain_body(block: FastBlock, steps: tuple[str, ...], y: torch.Tensor) -> torch.Tensor:
+    for step in steps:
+        if step == "nchw":
+            y = y.permute(0, 3, 1, 2)
+        elif step == "nhwc":
+            y = y.permute(0, 2, 3, 1)
+        else:
+            y = child_at(block, step)(y)
+    return y
+
+
+def _may_reroute(block: FastBlock, layout: BlockLayout) -> bool:
+    """Whether the linear layers of the body may run as convolutions in this call; if not, only speed is lost: no warning."""
+    if not any(op == "linear" for op, _, _ in block._fastconv.sites):
+        return False
+    reason = switched_off("linear") or bypass_reason(block, layout.linear_kinds)
+    if not torch.compiler.is_compiling():
+        record(sites_of(block)["linear"], Choice("eager", reason), warn=False)
+    return not reason
+
+
+def _rerouted_body(block: FastBlock, layout: BlockLayout, y: torch.Tensor) -> torch.Tensor:
+    for step in layout.leaves:
+        if step in layout.linears:
+            y, convolved = linear(child_at(block, step), y)
+            if convolved and not torch.compiler.is_compiling():
+                sites_of(block)["linear"].backend = "onednn"
+        else:
+            y = _plain_body(block, (step,), y)
+    return y
 
 
 def _fused_tail(block: FastBlock, layout: BlockLayout, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
