@@ -1,14 +1,14 @@
-"""A block's linear layers by torch's matrix product and by its 1x1 convolution: what patching/_linear.py chooses between."""
+"""A block's linear layers by torch's matrix product and by its 1x1 convolution: what ops/_linear.py chooses between."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 import torch.nn.functional as F
-from op_race import entrant
+from op_race import laps
 
 from fastconv import testing
-from fastconv.patching._linear import as_convolution
+from fastconv.ops._linear import as_convolution
 
 
 @pytest.mark.parametrize("widening", (True, False), ids=("C to 4C", "4C to C"))
@@ -28,6 +28,6 @@ def test_linear(shape, widening, pytestconfig, race, clock):
     truth, eager = testing.run(F.linear, exact), testing.run(F.linear, inputs)
     for name, actual in testing.run(as_convolution, inputs).items():
         testing.assert_matches(actual, eager[name], truth[name], grad=name != "out", dtype=dtype, name=name)
-    entrants = {"eager channels_last": entrant(F.linear, inputs), "as convolution": entrant(as_convolution, inputs)}
+    entrants = {"eager channels_last": laps(F.linear, inputs), "as convolution": laps(as_convolution, inputs)}
     facts = {"op": "linear", "dtype": str(dtype).removeprefix("torch.")}
     race(f"linear {batch}x{size}x{size} {wide} to {narrow}", entrants, option("--seconds"), **facts)

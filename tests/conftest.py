@@ -30,4 +30,4 @@ def one_thread(threads):
 @pytest.fixture(autouse=True)
 def any_processor(monkeypatch):
     """The reports of patched models are the same on every processor; test_patch_linear.py is about where they differ."""
-    monkeypatch.setattr("fastconv.patching._linear.PREFERS_CONVOLUTION", False)
+    monkeypatch.setattr("fastconv.ops._linear.PREFERS_CONVOLUTION", False)

@@ -205,7 +205,7 @@ def test_backend_eager_and_fastconv_disable_are_not_warned_about():
     code = (
         "import torch, timm, fastconv, warnings; warnings.simplefilter('error');"
         "m = torch.nn.Sequential(timm.models.convnext.ConvNeXtBlock(8, drop_path=.5)); fastconv.patch(m); m(torch.ones(2, 8, 5, 5));"
-        "print([s.backend for s in fastconv.report(m).sites])"
+        "print([s.backend for s in fastconv.report(m).fused])"
     )
     env = {**os.environ, "FASTCONV_DISABLE": "depthwise_conv_norm"}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)

@@ -21,7 +21,7 @@ from torchvision.models.convnext import CNBlockConfig
 from transformers import ConvNextV2Config, ConvNextV2Model
 
 import fastconv
-from fastconv.patching import _linear
+from fastconv.ops import _linear
 from fastconv.testing import assert_matches
 
 

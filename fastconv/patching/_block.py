@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from ..ops import Choice, depthwise_conv_norm, is_disabled, residual_scale
+from ..ops._linear import as_convolution, convolution_is_faster
 from ..ops._registry import ORDER, REROUTED, switched_off
 from ._analysis import BlockLayout, Unsupported, read_block
-from ._linear import linear
 from ._module import PLAIN, FastModule, bypass_reason, child_at, choose, sites_of
 from ._report import record
 
@@ -172,13 +172,20 @@ def _may_reroute(block: FastBlock, layout: BlockLayout) -> bool:
 
 def _rerouted_body(block: FastBlock, layout: BlockLayout, y: torch.Tensor) -> torch.Tensor:
     for step in layout.leaves:
-        if step in layout.linears:
-            y, convolved = linear(child_at(block, step), y)
-            if convolved and not torch.compiler.is_compiling():
-                sites_of(block)["linear"].backend = "onednn"
-        else:
+        layer = child_at(block, step) if step in layout.linears else None
+        if layer is None or not _convolvable(layer, y):
             y = _plain_body(block, (step,), y)
+            continue
+        y = as_convolution(y, layer.weight, layer.bias)
+        if not torch.compiler.is_compiling():
+            sites_of(block)["linear"].backend = "onednn"
     return y
+
+
+def _convolvable(layer: nn.Linear, x: torch.Tensor) -> bool:
+    parameters = layer._parameters  # without those that are parametrized
+    plain = type(parameters.get("weight")) in PLAIN and type(parameters.get("bias", ...)) in (*PLAIN, type(None))
+    return plain and x.shape[-1] == layer.in_features and convolution_is_faster(x, layer.weight)
 
 
 def _fused_tail(block: FastBlock, layout: BlockLayout, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

@@ -10,9 +10,6 @@ import importlib.util
 
 import torch
 import torch.nn.functional as F
-from torch import nn
-
-from ._module import PLAIN
 
 
 def _prefers_convolution() -> bool:
@@ -89,13 +86,3 @@ def as_convolution(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | N
     matters to oneDNN, which is half as fast on many small images."""
     y = PointwiseConv.apply(x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2), weight[:, :, None, None], bias)
     return y.permute(0, 2, 3, 1).view(*x.shape[:-1], weight.shape[0])
-
-
-def linear(layer: nn.Linear, x: torch.Tensor) -> tuple[torch.Tensor, bool]:
-    """(layer(x), whether it ran as a convolution). The caller has seen that no hook sits on the layer."""
-    parameters = layer._parameters  # without those that are parametrized
-    if type(parameters.get("weight")) not in PLAIN or type(parameters.get("bias", ...)) not in (*PLAIN, type(None)):
-        return layer(x), False
-    if x.shape[-1] != layer.weight.shape[1] or not convolution_is_faster(x, layer.weight):
-        return layer(x), False
-    return as_convolution(x, layer.weight, layer.bias), True
