@@ -209,7 +209,7 @@ def test_backend_eager_and_fastconv_disable_are_not_warned_about():
     )
     env = {**os.environ, "FASTCONV_DISABLE": "depthwise_conv_norm"}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
-    assert done.stdout.strip() == "['eager', 'cpu']", done.stderr
+    assert done.stdout.strip() == "['eager', 'native']", done.stderr
 
 
 def test_empty_batch_and_one_pixel():

@@ -156,3 +156,18 @@ def test_verify_finds_a_broken_kernel(broken, monkeypatch):
     result = fastconv.verify(model, images())
     assert not result.ok
     assert ("outputs" in result.failures[0]) == broken.endswith("fwd")
+
+
+def test_small_maps_leave_the_tail_to_torch(monkeypatch):
+    monkeypatch.setitem(_registry.MIN_CPU_ELEMENTS, "residual_scale", 10**6)
+    model, plain = pair(drop_path=0.3)
+    results = []
+    for m in (model, plain):
+        torch.manual_seed(0)
+        results.append(step(m, images(8)))
+    assert_agree(*results)
+    assert backends(model) == {"depthwise_conv_norm": "cpu", "residual_scale": "native"}
+    assert fastconv.report(model).blocks == (2, 2) and not any(s.fallbacks for s in fastconv.report(model).sites)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(images())
+    assert backends(model)["residual_scale"] == "cpu", "torch would convert y first"

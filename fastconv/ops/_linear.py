@@ -62,13 +62,10 @@ class PointwiseConv(torch.autograd.Function):
     which over the 25,088 pixels of a first stage is ten times less accurate than the sum that nn.Linear takes."""
 
     @staticmethod
-    def forward(x, weight, bias):
-        return F.conv2d(x, weight, bias)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs[:2])
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
         ctx.set_materialize_grads(False)
+        return F.conv2d(x, weight, bias)
 
     @staticmethod
     def backward(ctx, dy):

@@ -112,14 +112,11 @@ class DepthwiseConv(torch.autograd.Function):
     """Autograd of depthwise_conv; use the function, which checks and chooses the backend."""
 
     @staticmethod
-    def forward(x, weight, bias, out_dtype, backend):
-        return _registry.raw("depthwise_conv_fwd", backend)(x, weight, bias, out_dtype)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, weight, _, _, ctx.backend = inputs
+    def forward(ctx, x, weight, bias, out_dtype, backend):
+        ctx.backend = backend
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, weight)
+        return _registry.raw("depthwise_conv_fwd", backend)(x, weight, bias, out_dtype)
 
     @staticmethod
     @first_order_only(OP)

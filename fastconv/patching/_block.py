@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..ops import Choice, depthwise_conv_norm, is_disabled, residual_scale
+from ..ops import Choice, depthwise_conv_norm, is_disabled, residual_scale, select
 from ..ops._linear import as_convolution, convolution_is_faster
 from ..ops._registry import ORDER, REROUTED, switched_off
 from ._analysis import BlockLayout, Unsupported, read_block
@@ -199,8 +199,10 @@ def _fused_tail(block: FastBlock, layout: BlockLayout, x: torch.Tensor, y: torch
             ones = torch.ones((y.shape[0], 1, 1, 1), dtype=dtype, device=y.device)
             mask = drop_path(ones)
             mask = None if mask is ones else mask
-    shortcut = child_at(block, layout.shortcut)(x) if layout.shortcut else x
-    out = residual_scale(shortcut.permute(0, 2, 3, 1), y, gamma, mask).permute(0, 3, 1, 2)
+    shortcut = (child_at(block, layout.shortcut)(x) if layout.shortcut else x).permute(0, 2, 3, 1)
+    if not torch.compiler.is_compiling():  # only now all dtypes are known
+        sites_of(block)["residual_scale"].backend = select("residual_scale", shortcut, y, gamma, mask).backend
+    out = residual_scale(shortcut, y, gamma, mask).permute(0, 3, 1, 2)
     return out.to(dtype) if layout.in_place else out
 
 
