@@ -32,6 +32,7 @@ class Unsupported(Exception):
 class BlockLayout:
     """Where the parts of a ConvNeXt block are. Paths are relative to the block; "" where it has no such part."""
 
+    before: tuple[str, ...]  # children to call before the convolution
     conv: str
     norm: str
     norm_view: str  # the view that the norm's own forward takes, "nchw" or "nhwc"
@@ -248,7 +249,8 @@ def read_block(
 
     "linear" is among the ops where the block has such layers and this processor may run them faster as convolutions.
 
-    shortcut(x) + drop_path(gamma * body(norm(conv(x)))), with conv depthwise; gamma, drop_path and shortcut are optional.
+    shortcut(x) + drop_path(gamma * body(norm(conv(before(x))))), with conv depthwise; gamma, drop_path, shortcut and before
+    are optional.
     """
     x, result = _trace(block, inline)
     if not _is(result, _ADD) or len(result.args) != 2 or result.kwargs:
@@ -306,8 +308,8 @@ def _parse(block, steps, shortcut, drop_paths, inline, in_place):
         elif kind == "call":
             calls.append((value, layout))
         elif kind == "scale":
-            conv = child_at(block, calls[0][0]) if calls else None
-            found = [s for s in (_scale(a, block, getattr(conv, "out_channels", -1)) for a in value.args) if s]
+            channels = next((c.out_channels for c in (child_at(block, p) for p, _ in calls) if isinstance(c, nn.Conv2d)), -1)
+            found = [s for s in (_scale(a, block, channels) for a in value.args) if s]
             if gamma or len(found) != 1 or found[0][1] != layout:
                 raise unknown
             gamma = found[0][0]
@@ -315,12 +317,15 @@ def _parse(block, steps, shortcut, drop_paths, inline, in_place):
             raise unknown
         else:
             layout = kind
+    before = []
+    while calls and calls[0][1] == "nchw" and not isinstance(child_at(block, calls[0][0]), nn.Conv2d):
+        before.append(calls.pop(0)[0])
+        if any(getattr(m, "inplace", False) for m in child_at(block, before[-1]).modules()):
+            raise Unsupported(f"{before[-1]} writes over the input, which the shortcut needs")
     if layout != "nchw" or len(calls) < 3 or calls[0][1] != "nchw":
         raise unknown
     (conv_path, _), (norm_path, norm_layout), *rest = calls
     conv, norm = child_at(block, conv_path), child_at(block, norm_path)
-    if not isinstance(conv, nn.Conv2d):
-        raise unknown
     view = "nhwc"
     for path, needed in rest:
         body += [needed, path] if needed != view else [path]
@@ -343,6 +348,7 @@ def _parse(block, steps, shortcut, drop_paths, inline, in_place):
         return tuple((path, unwrapped(type(child_at(block, path)))) for path in paths if path)
 
     found = BlockLayout(
+        before=tuple(before),
         conv=conv_path,
         norm=norm_path,
         norm_view=norm_layout,

@@ -28,7 +28,6 @@ class BlockRule:
     drop_paths: tuple[str, ...] = ("drop_path",)
     inline: tuple[str, ...] = ()  # children to read through, because the convolution lies inside
     in_place: bool = False  # the sum is written over the branch
-    unsupported: str = ""  # why blocks of these classes are listed and not fused
 
     def matches(self, module: nn.Module) -> bool:
         library = sys.modules.get(self.defined_in)
@@ -36,11 +35,10 @@ class BlockRule:
 
     def inspect(self, block: nn.Module) -> tuple[BlockLayout | None, dict[str, tuple[str, str]]]:
         """The layout, and (status, reason) of each op. Without a layout every op is declined."""
-        reason = "its forward is replaced on the instance" if "forward" in block.__dict__ else self.unsupported
         training = block.training
         try:
-            if reason:
-                raise Unsupported(reason)
+            if "forward" in block.__dict__:
+                raise Unsupported("its forward is replaced on the instance")
             found = []
             for block.training in (not training, training):
                 found.append(read_block(block, self.drop_paths, self.inline, self.in_place))
@@ -54,7 +52,7 @@ class BlockRule:
 
 
 class FastBlock(FastModule):
-    """shortcut(x) + drop_path(gamma * body(norm(conv(x)))) with conv + norm as one op and all that follows body as another.
+    """shortcut(x) + drop_path(gamma * body(norm(conv(before(x))))), conv + norm as one op and all that follows body as another.
 
     Parameters are read at each call, in the order and as often as the original reads them (a parametrization may hold
     state); children that are not fused away are called, so that their hooks and adapters run.
@@ -67,12 +65,14 @@ class FastBlock(FastModule):
         layout = self._fastconv.layout
         x = args[0] if len(args) == 1 and not kwargs else None
         reason = _input_reason(x)
-        head = choose(self, "depthwise_conv_norm", reason or _head_reason(self, layout, x), x)
         tail = choose(self, "residual_scale", reason or _tail_reason(self, layout, x), x)
+        y = x if reason else _plain_body(self, layout.before, x)
+        head = choose(self, "depthwise_conv_norm", reason or _input_reason(y) or _head_reason(self, layout, y), x)
         reroute = not reason and _may_reroute(self, layout)
-        if not head and not tail and not reroute:
+        # What ran before the convolution must not run twice.
+        if not head and not tail and not reroute and (reason or not layout.before):
             return super().forward(*args, **kwargs)
-        y = _fused_head(self, layout, x) if head else _plain_head(self, layout, x)
+        y = _fused_head(self, layout, y) if head else _plain_head(self, layout, y)
         y = _rerouted_body(self, layout, y) if reroute else _plain_body(self, layout.body, y)
         return _fused_tail(self, layout, x, y) if tail else _plain_tail(self, layout, x, y)
 
