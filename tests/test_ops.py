@@ -5,10 +5,22 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from op_helpers import BACKENDS, GRADIENTS, SMALL, every_op, half_and_float, on_cpu_kernels, same_bits
+from op_helpers import BACKENDS, GRADIENTS, SMALL, every_op, on_cpu_kernels, same_bits
 
 from fastconv import ops, use_backend
-from fastconv.testing import CASES, FLOAT_DTYPES, Case, check_op, make_inputs, poisoned, run, truth_of
+from fastconv.ops._registry import OPS
+from fastconv.testing import (
+    CASES,
+    FLOAT_DTYPES,
+    Case,
+    check_not_finite,
+    check_op,
+    formula,
+    make_inputs,
+    poisoned,
+    run,
+    truth_of,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -40,30 +52,10 @@ def test_values_and_gradients(case, dtype, backend):
     assert ("zero", "out") in rejected or 0 in case.shape
 
 
-def independent(op, shortcut_or_x, *args, eps=1e-6):
-    """The ops once more, from their formulas: loops over taps, no convolution or norm of PyTorch."""
-    if op == "residual_scale":
-        y, gamma, mask = args
-        images = [s + m * (gamma * image) for s, image, m in zip(shortcut_or_x, y, mask.flatten())]
-        return torch.stack(images)
-    x, (weight, bias, *norm) = shortcut_or_x, args
-    N, H, W, C = x.shape
-    K = weight.shape[-1]
-    padded = x.new_zeros(N, H + K - 1, W + K - 1, C)
-    padded[:, K // 2 : K // 2 + H, K // 2 : K // 2 + W] = x
-    z = bias.expand(N, H, W, C)
-    for i, j in itertools.product(range(K), repeat=2):
-        z = z + padded[:, i : i + H, j : j + W] * weight[:, 0, i, j]
-    if not norm:
-        return z
-    centred = z - z.sum(-1, keepdim=True) / C
-    return centred / (centred.square().sum(-1, keepdim=True) / C + eps).sqrt() * norm[0] + norm[1]
-
-
 @every_op
 def test_the_reference_is_right(op):
     inputs = make_inputs(SMALL[op]._replace(shape=(2, 5, 8, 6)), torch.float64)
-    expected = run(lambda **tensors: independent(op, *tensors.values()), inputs)
+    expected = run(lambda **tensors: formula(op, *tensors.values()), inputs)
     for name, tensor in truth_of(op, inputs).items():
         torch.testing.assert_close(tensor, expected[name], rtol=1e-11, atol=1e-12)
 
@@ -99,31 +91,19 @@ def test_gradcheck(op, K):
         assert torch.autograd.gradcheck(lambda *args: getattr(ops, op)(*args), tuple(leaves.values()))
 
 
-@every_op
+# Maps smaller than the kernel, and with strips of each width inside and at both borders.
+MAPS = (((2, 2, 3, 20), 7), ((2, 9, 11, 20), 7), ((1, 8, 33, 17), 7), ((2, 5, 19, 20), 5), ((2, 7, 6, 20), 3), ((2, 4, 17, 20), 9))
+
+
+@pytest.mark.parametrize(("op", "name"), [(op, name) for op in sorted(OPS) for name in (*GRADIENTS[op], "dout")])
 @pytest.mark.parametrize("value", (float("nan"), float("inf")))
-@pytest.mark.parametrize("where", ("activations", "gradient", "parameters"))
 @pytest.mark.parametrize("border", (False, True), ids=("inside", "border"))
-@half_and_float
-def test_nan_and_inf_stay_where_they_were(op, value, where, dtype, border):
-    inputs = make_inputs(SMALL[op]._replace(shape=(3, 11, 12, 20)), dtype)
-    spots = {
-        "activations": [t for name, t in inputs.tensors.items() if t.shape == inputs.dout.shape],
-        "gradient": [inputs.dout],
-        "parameters": [],
-    }[where]
-    for index, tensor in enumerate(spots):
-        tensor[2, 0 if border else 4, 11 if border else 5, 17 - index] = value
-    if where == "parameters":
-        next(inputs.tensors[name] for name in ("bias", "gamma") if name in inputs.tensors)[7] = value
-    got, truth = on_cpu_kernels(op, inputs), truth_of(op, inputs)
-    assert not torch.isfinite(torch.cat([t.flatten() for t in truth.values()])).all()
-    for name, expected in truth.items():
-        result = got[name]
-        if name == "dweight" and border:  # taps that met the padding: 0 * Inf is what an implementation makes of it
-            result, expected = result.sum((1, 2, 3)), expected.sum((1, 2, 3))
-        assert torch.equal(torch.isfinite(result), torch.isfinite(expected)), name
-        if name == "out" or op != "depthwise_conv_norm":  # Inf - Inf in the norm's gradient depends on the order of the sum
-            assert torch.equal(result.isnan(), expected.isnan()), name
+@pytest.mark.parametrize(
+    ("backend", "dtype"), (("eager", torch.float32), *(("cpu", dtype) for dtype in (torch.float32, torch.bfloat16))), ids=str
+)
+def test_nan_and_inf_stay_where_the_formula_puts_them(op, name, value, border, backend, dtype):
+    for shape, K in MAPS:
+        check_not_finite(Case(op, shape, K=K), dtype, backend, name, value, border)
 
 
 @every_op

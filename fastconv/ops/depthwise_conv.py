@@ -159,7 +159,7 @@ def depthwise_conv(
         cannot run the call, or a second derivative is asked for.
 
     Deterministic: equal inputs give equal bits, whatever the number of threads. NaN or Inf in x reaches exactly the
-    outputs whose window holds it.
+    outputs whose window holds it; an Inf in weight too, but for the Triton kernels, where it meets the padding as NaN.
 
     Source: Howard et al. 2017 (MobileNets), equation 3; the 7x7 form is Liu et al. 2022 (ConvNeXt), section 2.5.
     """
