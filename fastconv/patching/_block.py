@@ -60,7 +60,7 @@ class FastBlock(FastModule):
 
     def forward(self, *args, **kwargs):
         # disabled(): nothing is counted. Traced graphs get torch's own operators, so that they run without fastconv.
-        if is_disabled() or torch.jit.is_tracing() or torch.compiler.is_exporting():
+        if is_disabled() or torch.jit.is_tracing() or _exporting():
             return super().forward(*args, **kwargs)
         layout = self._fastconv.layout
         x = args[0] if len(args) == 1 and not kwargs else None
@@ -75,6 +75,12 @@ class FastBlock(FastModule):
         y = _fused_head(self, layout, y) if head else _plain_head(self, layout, y)
         y = _rerouted_body(self, layout, y) if reroute else _plain_body(self, layout.body, y)
         return _fused_tail(self, layout, x, y) if tail else _plain_tail(self, layout, x, y)
+
+
+@torch.compiler.assume_constant_result
+def _exporting() -> bool:
+    """torch.compiler.is_exporting() as it is: where torch 2.11 compiles, it stands for True."""
+    return torch.compiler.is_exporting()
 
 
 def _input_reason(x) -> str:
