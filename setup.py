@@ -222,4 +222,4 @@ def extensions() -> tuple[list, dict]:
 
 
 ext_modules, cmdclass = extensions()
-setup(ext_modules=ext_modules, cmdclass=cmdclass)
+setup(license="Apache-2.0", ext_modules=ext_modules, cmdclass=cmdclass)

@@ -1,12 +1,14 @@
-"""Timing of several entrants in one run: round by round, in rotating order, with the noise of the machine watched.
+"""Timing of several entrants in one run: round by round, in shuffled order, with the noise of the machine watched.
 
 A time means something only beside the others of the same run, and on a machine that others use too a fast moment must
-not favour one entrant. So every round runs each entrant once, each round starts with another one, and each is preceded
-by a calibration call: a round whose calibration strays by more than 20% from its value alone is dropped.
+not favour one entrant. So every round runs each entrant once, and is preceded by a calibration call: a round whose
+calibration strays by more than 20% from its value alone is dropped. The order is shuffled, not rotated, because what ran
+just before matters: a short call finds the caches as its predecessor left them.
 """
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -65,27 +67,35 @@ class Result(NamedTuple):
     noisy: bool  # fewer than FEWEST rounds were quiet: the figures are those of all rounds
 
 
-class Race:
-    """Entrants are functions of a Clock that return {pass: milliseconds}."""
+Lap = Callable[[Clock], dict[str, float]]  # returns {pass: milliseconds}
 
-    def __init__(self, clock: Clock, entrants: dict[str, Callable[[Clock], dict[str, float]]]):
+
+class Race:
+    """Each entrant has the same number of laps; in a round all run their first lap, then all their second."""
+
+    def __init__(self, clock: Clock, entrants: dict[str, tuple[Lap, ...]]):
         self.clock, self.entrants = clock, entrants
+        self._order = random.Random(0)
         self._rounds: list[tuple[float, dict[str, dict[str, float]]]] = []
         for _ in range(2):  # compiles, then warms up
             start = time.perf_counter()
-            for entrant in entrants.values():
-                entrant(clock)
+            self._run()
             self._round_s = time.perf_counter() - start
         self.alone = min(clock.calibration() for _ in range(5))
 
     def rounds_in(self, seconds: float) -> int:
         return max(FEWEST, min(200, int(seconds / self._round_s)))
 
-    def round(self) -> None:
+    def _run(self) -> dict[str, dict[str, float]]:
         names = list(self.entrants)
-        first = len(self._rounds) % len(names)
-        calibration = self.clock.calibration()
-        self._rounds.append((calibration, {name: self.entrants[name](self.clock) for name in names[first:] + names[:first]}))
+        times: dict[str, dict[str, float]] = {name: {} for name in names}
+        for lap in range(len(self.entrants[names[0]])):
+            for name in self._order.sample(names, len(names)):
+                times[name] |= self.entrants[name][lap](self.clock)
+        return times
+
+    def round(self) -> None:
+        self._rounds.append((self.clock.calibration(), self._run()))
 
     def results(self) -> list[Result]:
         quiet = [times for calibration, times in self._rounds if abs(calibration / self.alone - 1) <= STRAY]

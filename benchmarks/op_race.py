@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from interleaved import Clock, compiled
+from interleaved import Clock, Lap, compiled
 
 from fastconv import ops, testing
 from fastconv.ops._registry import hub
@@ -42,19 +42,21 @@ def gate(case: testing.Case, dtype: torch.dtype, inputs: testing.Inputs, entrant
             testing.assert_matches(actual[name], eager[name], truth[name], grad=name != "out", dtype=dtype, name=name_in_full)
 
 
-def entrant(function, inputs: testing.Inputs):
-    """A lap: inference, then forward and backward of a training step, each timed by itself."""
+def laps(function, inputs: testing.Inputs) -> tuple[Lap, Lap]:
+    """Forward and backward of a training step, each timed by itself, and inference: apart, so that neither warms the other's memory."""
     leaves = {n: t if t is None or n in inputs.constant else t.detach().requires_grad_() for n, t in inputs.tensors.items()}
     wanted = [t for t in leaves.values() if t is not None and t.requires_grad]
 
-    def lap(clock: Clock) -> dict[str, float]:
-        with torch.no_grad():
-            _, inference = clock(lambda: function(**leaves, **inputs.options))
+    def training(clock: Clock) -> dict[str, float]:
         out, forward = clock(lambda: function(**leaves, **inputs.options))
         _, backward = clock(lambda: torch.autograd.grad(out, wanted, inputs.dout))
-        return dict(zip(PASSES, (inference, forward, backward)))
+        return {"forward": forward, "backward": backward}
 
-    return lap
+    def inference(clock: Clock) -> dict[str, float]:
+        with torch.no_grad():
+            return {"inference": clock(lambda: function(**leaves, **inputs.options))[1]}
+
+    return training, inference
 
 
 def floors(case: testing.Case, dtype: torch.dtype, bandwidth: float) -> dict[str, float]:
@@ -80,10 +82,10 @@ def race_op(op: str, shape: tuple[int, int], option, race, clock: Clock, bandwid
     fused = {"ours": ours} if option("--no-compile") else {"ours": ours, "ours + compile": compiled(ours)}
     gate(case, dtype, inputs, fused)
 
-    entrants = {"eager NCHW": entrant(plain, relaid(op, inputs)), "eager channels_last": entrant(plain, inputs)}
+    entrants = {"eager NCHW": laps(plain, relaid(op, inputs)), "eager channels_last": laps(plain, inputs)}
     if not option("--no-compile"):  # in the layout that is faster without it
-        faster = min(entrants, key=lambda name: min(sum(entrants[name](clock).values()) for _ in range(3)))
-        entrants["compile"] = entrant(compiled(plain), relaid(op, inputs) if faster == "eager NCHW" else inputs)
-    entrants |= {name: entrant(function, inputs) for name, function in fused.items()}
+        faster = min(entrants, key=lambda name: min(sum(entrants[name][0](clock).values()) for _ in range(3)))
+        entrants["compile"] = laps(compiled(plain), relaid(op, inputs) if faster == "eager NCHW" else inputs)
+    entrants |= {name: laps(function, inputs) for name, function in fused.items()}
     facts = {"op": op, "dtype": str(dtype).removeprefix("torch."), "backend": ops.select(op, *inputs.tensors.values()).backend}
     race(f"{op} {case}", entrants, option("--seconds"), floors(case, dtype, bandwidth), **facts)

@@ -6,8 +6,22 @@
 namespace py = pybind11;
 using fastconv::ConvShape;
 
+namespace {
+
+const char* cpu_vendor() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_is("amd")) return "amd";
+  if (__builtin_cpu_is("intel")) return "intel";
+#endif
+  return "other";
+}
+
+}  // namespace
+
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Build facts and geometry: the numbers that the kernels use, for tests and benchmarks.";
+  m.def("cpu_vendor", &cpu_vendor, "\"amd\", \"intel\" or \"other\": whose processor this is.");
   m.def("build_info", [] {
     py::dict facts;
     facts["compiler"] = FASTCONV_COMPILER;

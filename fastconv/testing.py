@@ -1,4 +1,4 @@
-"""The contract that every backend of every op is held to: cases, inputs, the tolerance rule and `check_op`.
+"""The contract that every backend of every op is held to: cases, inputs, the tolerance rule, `check_op` and `check_not_finite`.
 
 Tests, benchmarks and ahead-of-time compilation all take their cases from here. No test framework is imported.
 
@@ -9,10 +9,12 @@ Tests, benchmarks and ahead-of-time compilation all take their cases from here. 
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import ops
@@ -192,6 +194,29 @@ def truth_of(op: str, inputs: Inputs) -> dict[str, torch.Tensor | None]:
     return run(hub(op).reference, Inputs(tensors, options, inputs.dout.cpu().double(), inputs.constant))
 
 
+def formula(op: str, first: torch.Tensor, *args, eps: float = 1e-6) -> torch.Tensor:
+    """An op from its formula: no convolution or norm of PyTorch. The truth where values are not finite.
+
+    A tap adds the pixels of the map that it meets and nothing for padding, where `reference` may multiply an Inf by a zero:
+    some of PyTorch's convolutions do, as those for float64 and bfloat16 on the CPU.
+    """
+    if op == "residual_scale":
+        y, gamma, mask = args
+        return torch.stack([s + m * (gamma * image) for s, image, m in zip(first, y, mask.flatten())])
+    weight, bias, *norm = args
+    (H, W, C), K = first.shape[1:], weight.shape[-1]
+    z = bias.expand(first.shape)
+    for i, j in itertools.product(range(K), repeat=2):
+        a, b = i - K // 2, j - K // 2
+        if abs(a) < H and abs(b) < W:
+            met = first[:, max(a, 0) : H + min(a, 0), max(b, 0) : W + min(b, 0)] * weight[:, 0, i, j]
+            z = z + F.pad(met, (0, 0, max(-b, 0), max(b, 0), max(-a, 0), max(a, 0)))
+    if not norm:
+        return z
+    centred = z - z.sum(-1, keepdim=True) / C
+    return centred / (centred.square().sum(-1, keepdim=True) / C + eps).sqrt() * norm[0] + norm[1]
+
+
 @contextlib.contextmanager
 def poisoned() -> Iterator[None]:
     """Memory from torch.empty and its kin holds NaN inside the block, so that a value never written shows."""
@@ -300,3 +325,33 @@ def check_op(case: Case, dtype: torch.dtype, backend: str, device="cpu", seed: i
         assert message, f"{case.op} {case} {name}: the bound lets the fault {fault!r} pass"
         rejected.add((fault, name))
     return rejected
+
+
+def check_not_finite(case: Case, dtype: torch.dtype, backend: str, name: str, value: float, border: bool, device="cpu") -> None:
+    """Assert that one Inf or NaN reaches the elements of the result and of every gradient that `formula` says, and no other.
+
+    `name` is the tensor that holds it, or "dout"; with `border` it lies at the corner of the map or filter, where padding is
+    near. NaN, Inf and -Inf are told apart, but not behind a norm, whose order of sums decides where Inf meets -Inf.
+    """
+    inputs = make_inputs(case, dtype, device)
+    tensor = {**inputs.tensors, "dout": inputs.dout}[name]
+    if name == "weight":
+        h, w = (0, 0) if border else (case.K // 2 - 1, case.K // 2 + 1)
+        tensor[case.C // 2, 0, h, w] = value
+    elif tensor.dim() == 4:
+        h, w = (0, -1) if border else (case.shape[1] // 2, case.shape[2] // 2)
+        tensor[-1, h, w, case.C // 2] = value
+    else:
+        tensor[case.C // 2] = value
+    doubles = {n: t.cpu().double() for n, t in inputs.tensors.items()}
+    truth = run(lambda **t: formula(case.op, *t.values()), Inputs(doubles, {}, inputs.dout.cpu().double(), inputs.constant))
+    reached = any(not torch.isfinite(t).all() for t in truth.values())
+    assert reached or (name == "weight" and border), "nothing to see"  # small maps do not meet the corner of the filter
+    with use_backend(backend), poisoned():
+        assert select(case.op, *inputs.tensors.values()).backend == backend
+        actual = run(getattr(ops, case.op), inputs)
+    for what, expected in truth.items():
+        kinds = (torch.isnan, torch.isposinf, torch.isneginf) if what == "out" or case.op != "depthwise_conv_norm" else (torch.isfinite,)
+        for kind in kinds:
+            wrong = (kind(actual[what].cpu()) != kind(expected)).sum().item()
+            assert not wrong, f"{case.op} {case} {value} in {name}: {what} differs in {wrong} of {expected.numel()} places"

@@ -1,6 +1,8 @@
 import pytest
 import torch
 
+from fastconv.ops import _registry
+
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run the tests marked slow too")
@@ -20,3 +22,18 @@ def threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def one_thread(threads):
+    threads(1)  # tiny tensors: more threads only wait for each other
+
+
+@pytest.fixture(autouse=True)
+def any_processor(monkeypatch):
+    """Small tensors run our kernels too, and the reports of patched models are the same on every processor.
+
+    test_registry.py and test_patch_linear.py are about where torch's own kernels are chosen because they are faster.
+    """
+    monkeypatch.setattr("fastconv.ops._linear.PREFERS_CONVOLUTION", False)
+    monkeypatch.setitem(_registry.MIN_CPU_ELEMENTS, "residual_scale", 0)

@@ -103,7 +103,7 @@ def test_rounds_interleave_and_noisy_ones_are_dropped():
 
     def entrant(name, values):
         values = iter(values)
-        return lambda clock: order.append(name) or {"step": next(values)}
+        return (lambda clock: order.append(name) or {"step": next(values)},)
 
     noise = [1.0] * 5 + [1.0, 1.1, 1.5, 1.0, 0.9, 1.0, 0.7]  # five alone, then one a round: the third and the last stray
     race = interleaved.Race(
@@ -111,14 +111,27 @@ def test_rounds_interleave_and_noisy_ones_are_dropped():
     )
     for _ in range(7):
         race.round()
-    assert "".join(order) == "abab" + "ab" + "ba" + "ab" + "ba" + "ab" + "ba" + "ab"
+    rounds = ["".join(order[i : i + 2]) for i in range(0, len(order), 2)]
+    assert len(rounds) == 2 + 7 and set(rounds) == {"ab", "ba"}
     a, b = race.results()
     assert (a.entrant, a.what, a.median_ms, a.rounds, a.dropped, a.noisy) == ("a", "step", 3, 5, 2, False)
     assert (b.median_ms, b.spread) == (10, 0)
 
 
+def test_training_and_inference_are_apart():
+    """Nobody's inference may warm its own training step: all run their first lap, then all their second."""
+    order = []
+    laps = {name: tuple(lambda clock, lap=f"{name}{i}": order.append(lap) or {lap[1]: 1.0} for i in range(2)) for name in "ab"}
+    race = interleaved.Race(FakeClock([1.0] * 9), laps)
+    for _ in range(4):
+        race.round()
+    assert [sorted(order[i : i + 4]) for i in range(0, len(order), 4)] == [["a0", "a1", "b0", "b1"]] * 6
+    assert all({lap[1] for lap in order[i : i + 2]} == {str(i // 2 % 2)} for i in range(0, len(order), 2))
+    assert [(r.entrant, r.what) for r in race.results()] == [("a", "0"), ("a", "1"), ("b", "0"), ("b", "1")]
+
+
 def test_a_run_with_too_few_quiet_rounds_says_so():
-    race = interleaved.Race(FakeClock([1.0] * 5 + [2.0] * 4 + [1.0]), {"a": lambda clock: {"step": 1.0}})
+    race = interleaved.Race(FakeClock([1.0] * 5 + [2.0] * 4 + [1.0]), {"a": (lambda clock: {"step": 1.0},)})
     for _ in range(5):
         race.round()
     (result,) = race.results()

@@ -113,7 +113,7 @@ def test_an_op_is_whole(op):
     public = getattr(ops, op)
     function = getattr(ops, "".join(part.title() for part in op.split("_")))
     assert issubclass(function, torch.autograd.Function)
-    assert "setup_context" in vars(function)  # without it torch.func raises
+    assert "setup_context" not in vars(function)  # 20 us a call, see ops/_function.py
     assert {op, function.__name__} <= set(ops.__all__)
     for word in ("Args:", "Returns:", "Raises:", "Deterministic:", "Source:", "float32 | bfloat16 | float16", "ValueError", "TypeError"):
         assert word in public.__doc__, word

@@ -38,9 +38,9 @@ def test_the_level_is_the_best_or_the_one_asked_for():
 
 @pytest.mark.parametrize("level", machine_levels()[:-1])
 def test_every_level_keeps_the_contract(level):
-    """The level that this process runs is tested by test_ops.py; the others run its CPU part in a process each."""
+    """The level that this process runs is tested by the test_op*.py; the others run their CPU part in a process each."""
     selection = "test_the_level_is or conversion or rounding or (test_values_and_gradients and cpu) or gradcheck or layouts or nan_and_inf"
-    files = [str(HERE / name) for name in ("test_cpu_kernels.py", "test_ops.py")]
+    files = [str(HERE / name) for name in ("test_cpu_kernels.py", "test_ops.py", "test_op_layouts.py")]
     result = in_process("-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", selection, *files, FASTCONV_CPU_CAPABILITY=level)
     assert result.returncode == 0, result.stdout[-4000:]
     assert int(re.search(r"(\d+) passed", result.stdout)[1]) > 350, result.stdout[-500:]

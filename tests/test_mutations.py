@@ -44,7 +44,7 @@ MUTANTS = {
     ),
     "taps of other K mirrored": (CONV, "load(in + (kw + j) * kLanes<A>)", "load(in + (K - 1 - kw + j) * kLanes<A>)", ("depthwise_conv",)),
     "halo rows missing": (CONV, "next = h0 > pad ? h0 - pad : 0;", "next = h0;", ("depthwise_conv", "depthwise_conv_norm")),
-    "halo columns missing": (CONV, "next % K * stride + pad * kLanes<A>)", "next % K * stride)", ("depthwise_conv",)),
+    "halo columns missing": (CONV, "right = K / 2 + count;", "right = count;", ("depthwise_conv", "depthwise_conv_norm")),
     "H and W swapped": (CONV, "pad(s.pad()), H(s.H)", "pad(s.pad()), H(s.W)", ("depthwise_conv", "depthwise_conv_norm")),
     "taps of dweight mirrored": (CONV, "acc[r][j - c + kK - 1] += pixel[j] * v;", "acc[r][c - j] += pixel[j] * v;", ("depthwise_conv",)),
     "weights not flipped": (CONV, "flip ? taps - 1 - k : k", "k", ("depthwise_conv", "depthwise_conv_norm")),

@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 from patch_contract import PatchContract, SingleProcessContract, assert_agree, randomise_, step
+from torch import nn
 
 import fastconv
 
@@ -140,3 +141,42 @@ def test_edgenext():
     report = fastconv.patch(model)
     assert report.blocks[0] == report.blocks[1] == 9
     assert_agree(step(model, images()), step(plain, images()))
+
+
+@pytest.mark.parametrize("conv_mlp", [False, True])
+def test_maxxvit(conv_mlp):
+    """Blocks that may pool before the convolution; their layer scale is a module of its own."""
+    config = timm.models.maxxvit.MaxxVitConvCfg(stride_mode="pool", init_values=0.5, norm_layer="layernorm2d", norm_eps=1e-6)
+    torch.manual_seed(0)
+    kind = timm.models.maxxvit.ConvNeXtBlock
+    plain = randomise_(
+        nn.Sequential(*(kind(8, stride=stride, cfg=config, conv_mlp=conv_mlp, drop_path=drop) for stride, drop in ((1, 0), (2, 0.3))))
+    )
+    model = copy.deepcopy(plain)
+    report = fastconv.patch(model)
+    assert report.blocks == (2, 2)
+    assert {(s.name, s.op, s.status) for s in report.sites} == {
+        ("0", "depthwise_conv_norm", "fused"),
+        ("0", "residual_scale", "native"),
+        ("1", "depthwise_conv_norm", "fused"),
+        ("1", "residual_scale", "fused"),
+    }
+    pools = []
+    for m in (model, plain):
+        m[1].down.register_forward_hook(lambda m, *_: pools.append(m))
+    x = torch.randn(6, 8, 12, 10)
+    results = []
+    for m in (model, plain):
+        torch.manual_seed(3)
+        results.append(step(m, x))
+    assert_agree(*results)
+    with fastconv.use_backend("eager"), torch.no_grad():
+        model(x), plain(x)
+    assert pools == [model[1].down, plain[1].down] * 2, "what lies before the convolution runs once"
+
+
+def test_before_the_convolution_nothing_may_write_over_the_input():
+    block = timm.models.maxxvit.ConvNeXtBlock(8, cfg=timm.models.maxxvit.MaxxVitConvCfg(norm_layer="layernorm2d", norm_eps=1e-6))
+    block.down = nn.ReLU(inplace=True)
+    report = fastconv.patch(block)
+    assert {s.reason for s in report.declined} == {"down writes over the input, which the shortcut needs"}

@@ -12,7 +12,7 @@ import torch
 import fastconv
 from fastconv import _library, ops
 from fastconv.ops import _registry
-from fastconv.ops._registry import OPS, missing, select
+from fastconv.ops._registry import OPS, hub, missing, select
 from fastconv.testing import CASES, RawCalls, make_inputs, run
 
 every_op = pytest.mark.parametrize("op", sorted(OPS))
@@ -40,6 +40,21 @@ def test_eager_says_why(op, monkeypatch):
     assert select(op, tensor.to("meta")) == ("eager", "no kernels for device type meta")
     monkeypatch.setattr(_registry, "_disabled_ops", frozenset([op]))
     assert select(op, tensor) == ("eager", "FASTCONV_DISABLE")
+
+
+def test_torchs_own_kernels_where_they_are_faster(monkeypatch):
+    monkeypatch.setitem(_registry.MIN_CPU_ELEMENTS, "residual_scale", 96)
+    small, large = (torch.randn(2, size, 8) for size in (5, 6))
+    gamma = torch.randn(8)
+    assert select("residual_scale", small, small, gamma, None) == ("native", "")
+    with RawCalls() as recorded:
+        out = ops.residual_scale(small, small, gamma)
+    assert not recorded.calls
+    assert torch.equal(out, hub("residual_scale").reference(small, small, gamma))
+    assert select("residual_scale", large, large, gamma, None).backend == "cpu"
+    assert select("residual_scale", small, small.bfloat16(), gamma, None).backend == "cpu", "torch converts a mixture first"
+    with fastconv.use_backend("cpu"):
+        assert select("residual_scale", small, small, gamma, None).backend == "cpu"
 
 
 @every_op

@@ -2,7 +2,6 @@
 # ruff: noqa: E402
 
 import importlib.util
-import itertools
 import os
 import pathlib
 import sys
@@ -17,12 +16,13 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent))  # under pytest's importl
 import fastconv.triton_kernels
 import triton_interpreter_fixes
 from fastconv.triton_kernels import _common, depthwise_conv, depthwise_conv_norm, residual_scale
+from op_helpers import GRADIENTS
 from triton.runtime import interpreter
 from triton.runtime.errors import InterpreterError
 
 from fastconv import ops, use_backend
 from fastconv.ops._registry import OPS, hub
-from fastconv.testing import CASES, Case, RawCalls, check_op, make_inputs, poisoned, run, truth_of
+from fastconv.testing import CASES, Case, RawCalls, check_not_finite, check_op, make_inputs, poisoned, run
 
 triton_interpreter_fixes.install()
 torch.set_num_threads(1)
@@ -147,43 +147,20 @@ def test_strided_parameters(op):
     same_bits(on_triton(op, inputs._replace(tensors=changed)), on_triton(op, inputs))
 
 
-def dweight_by_taps(x, dy, K: int):
-    """dweight in float64 from the pairs of pixels inside the map alone: no padded zero meets an Inf, as in F.conv2d's."""
-    H, W = x.shape[1:3]
-    dweight = torch.zeros(x.shape[3], 1, K, K, dtype=torch.float64)
-    for i, j in itertools.product(range(K), repeat=2):
-        a, b = i - K // 2, j - K // 2
-        pairs = x[:, max(a, 0) : H + min(a, 0), max(b, 0) : W + min(b, 0)].double()
-        pairs = pairs * dy[:, max(-a, 0) : H - max(a, 0), max(-b, 0) : W - max(b, 0)].double()
-        dweight[:, 0, i, j] = pairs.sum((0, 1, 2)) if abs(a) < H and abs(b) < W else 0
-    return dweight
+# Masked pixels are zeros in the Triton convolution, and meet the taps: a weight that is Inf gives NaN at the border.
+meets_padding = pytest.mark.xfail(raises=AssertionError, strict=True, reason="0 * Inf where an Inf of weight falls on padding")
 
 
-@every_op
-@pytest.mark.parametrize("where", ("activations", "gradient", "parameters"))
-def test_nan_and_inf_stay_where_they_were(op, where):
-    """On a map smaller than the taps and the tile, where a product of an Inf and a padded zero would show."""
-    inputs = make_inputs(small(op, 2, 3, 2, 20, K=5), torch.bfloat16)
-    spots = {
-        "activations": [t for t in inputs.tensors.values() if t.shape == inputs.dout.shape],
-        "gradient": [inputs.dout],
-        "parameters": [],
-    }[where]
-    for index, tensor in enumerate(spots):
-        tensor[1, 2, 1, 3 + index] = float("inf")
-        tensor[1, 0, 0, 17] = float("nan")
-    if where == "parameters":
-        next(inputs.tensors[name] for name in ("bias", "gamma") if name in inputs.tensors)[7:9] = torch.tensor([float("inf"), float("nan")])
-    got, truth = on_triton(op, inputs), truth_of(op, inputs)
-    if op == "depthwise_conv":
-        truth["dweight"] = dweight_by_taps(inputs.tensors["x"], inputs.dout, 5)
-    elif op == "depthwise_conv_norm":
-        truth.pop("dweight")
-    assert not torch.isfinite(torch.cat([t.flatten() for t in truth.values()])).all()
-    for name, expected in truth.items():
-        assert torch.equal(torch.isfinite(got[name]), torch.isfinite(expected)), name
-        if op != "depthwise_conv_norm":  # which of an Inf's neighbours in the norm are NaN depends on the order of its sums
-            assert torch.equal(got[name].isnan(), expected.isnan()), name
+@pytest.mark.parametrize(
+    ("op", "name"),
+    [pytest.param(op, name, marks=meets_padding if name == "weight" else ()) for op in sorted(OPS) for name in (*GRADIENTS[op], "dout")],
+)
+@pytest.mark.parametrize(
+    ("value", "border", "dtype"), ((float("inf"), True, torch.bfloat16), (float("nan"), False, torch.float32)), ids=("inf", "nan")
+)
+def test_nan_and_inf_stay_where_the_formula_puts_them(op, name, value, border, dtype):
+    """On a map smaller than the taps and the tile."""
+    check_not_finite(small(op, 2, 3, 2, 20, K=5), dtype, "triton", name, value, border)
 
 
 @every_op

@@ -1,15 +1,17 @@
 // Depthwise convolution on channels-last maps, forward and backward, with or without the LayerNorm that follows it.
 // Included once per SIMD level, inside its namespace.
 //
-// The work goes by channel blocks of one vector. Rows are staged (converted, zero-padded left and right) into a ring of K
-// rows that stays in the L1 cache; a strip of kStrip output pixels is kept in registers while K x K taps pass over it.
-// Backward runs one sweep: a staged row of dz serves dx of its neighbours and the weight gradient of K rows of x.
+// The work goes by channel blocks of one vector. Rows are staged (converted) into a ring of K rows that stays in the L1
+// cache; a strip of kStrip output pixels is kept in registers while K x K taps pass over it. Backward runs one sweep: a
+// staged row of dz serves dx of its neighbours and the weight gradient of K rows of x.
+//
+// Padding is left out of every sum, not added as zeros: a zero times an Inf would be a NaN that no formula holds.
 //
 //   dx[h, w] = sum_k dz[h - k + pad, ...] weight[k]   = the forward pass over dz with flipped weights
 //   dweight[k] = sum_{h, w} x[h, w] dz[h - k + pad, ...]   so that only dz carries a halo
 
-template <class A> FC_INLINE int64_t row_elements(const ConvShape& s) { return (s.W + 14 + 2 * s.pad()) * kLanes<A>; }
-// K rows of one channel block, each with zero columns on both sides. Row h lives in slot h % K.
+template <class A> FC_INLINE int64_t row_elements(const ConvShape& s) { return s.W * kLanes<A>; }
+// K rows of one channel block. Row h lives in slot h % K.
 template <class A> struct Ring {
   A* data;
   const A** rows;  // scratch for window()
@@ -18,7 +20,6 @@ template <class A> struct Ring {
   Ring(char*& scratch, const ConvShape& s) : K(s.K), pad(s.pad()), H(s.H), stride(row_elements<A>(s)), next(0) {
     data = carve<A>(scratch, K * stride);
     rows = carve<const A*>(scratch, K);
-    for (int64_t i = 0; i < K * stride; ++i) data[i] = 0;
   }
   static int64_t bytes(const ConvShape& s) {
     return aligned_bytes(s.K * row_elements<A>(s) * static_cast<int64_t>(sizeof(A))) + aligned_bytes(s.K * 8);
@@ -27,26 +28,29 @@ template <class A> struct Ring {
   // Stages the rows that output row h needs and points rows[first .. end) at those inside the map.
   template <class Stage> FC_INLINE void window(int64_t h, int64_t& first, int64_t& end, Stage&& stage) {
     const int64_t last = h + pad < H ? h + pad : H - 1;
-    for (; next <= last; ++next) stage(next, data + next % K * stride + pad * kLanes<A>);
+    for (; next <= last; ++next) stage(next, data + next % K * stride);
     first = h < pad ? pad - h : 0;
     end = h + pad < H ? K : H + pad - h;
     for (int64_t k = first; k < end; ++k) rows[k] = data + (h + k - pad) % K * stride;
   }
 };
 
-// One strip of kStrip output pixels from column w on: acc[j] = sum over taps of row[w + j + kw] * weight[kh, kw].
-// kK is the kernel size, or 0 where only K is known.
-template <class A, int kK, int kStrip, class Emit>
-FC_INLINE void conv_strip(const A* const* rows, int64_t first, int64_t end, const A* weight, int64_t K, int64_t w, int64_t count, Emit&& emit) {
+// One strip of kStrip output pixels from column w on, `count` columns (kLeast or more) before the end of the row:
+// acc[j] = sum over taps of row[w + j + kw - pad] * weight[kh, kw]. kK is the kernel size, or 0 where only K is known.
+template <class A, int kK, int kStrip, int kLeast, class Emit>
+FC_INLINE void conv_strip(const A* const* rows, int64_t first, int64_t end, const A* weight, int64_t K, int64_t w, int64_t count,
+                          Emit&& emit) {
+  const int64_t left = K / 2 - w, right = K / 2 + count;  // of the columns that the strip meets, those inside the map
   Vec<A> acc[kStrip];
   FC_UNROLL for (int j = 0; j < kStrip; ++j) acc[j] = zero<A>();
   for (int64_t kh = first; kh < end; ++kh) {
-    const A* in = rows[kh] + w * kLanes<A>;
+    const A* in = rows[kh] + (w - K / 2) * kLanes<A>;
     const A* taps = weight + kh * K * kLanes<A>;
     if constexpr (kK > 0) {
       Vec<A> tap[kK > 0 ? kK : 1];
       FC_UNROLL for (int kw = 0; kw < kK; ++kw) tap[kw] = load(taps + kw * kLanes<A>);
       FC_UNROLL for (int c = 0; c < kStrip + kK - 1; ++c) {
+        if ((c < kK / 2 && c < left) || (c >= kK / 2 + kLeast && c >= right)) continue;
         const Vec<A> v = load(in + c * kLanes<A>);
         FC_UNROLL for (int kw = 0; kw < kK; ++kw)
           if (c - kw >= 0 && c - kw < kStrip) acc[c - kw] += tap[kw] * v;
@@ -54,7 +58,13 @@ FC_INLINE void conv_strip(const A* const* rows, int64_t first, int64_t end, cons
     } else {
       for (int64_t kw = 0; kw < K; ++kw) {
         const Vec<A> tap = load(taps + kw * kLanes<A>);
-        FC_UNROLL for (int j = 0; j < kStrip; ++j) acc[j] += tap * load(in + (kw + j) * kLanes<A>);
+        const auto add = [&](int j) __attribute__((always_inline)) { acc[j] += tap * load(in + (kw + j) * kLanes<A>); };
+        if (kw >= left && kw + kStrip <= right) {
+          FC_UNROLL for (int j = 0; j < kStrip; ++j) add(j);
+        } else {
+          FC_UNROLL for (int j = 0; j < kStrip; ++j)
+            if (static_cast<uint64_t>(kw + j - left) < static_cast<uint64_t>(right - left)) add(j);  // left <= kw + j < right
+        }
       }
     }
   }
@@ -69,30 +79,33 @@ FC_INLINE void conv_row(const A* const* rows, int64_t first, int64_t end, const 
   for (int64_t w = 0; w < W;) {
     const int64_t left = W - w;
     if (kLong == 14 && left > 11) {
-      conv_strip<A, kK, kLong>(rows, first, end, weight, K, w, left, emit);
+      conv_strip<A, kK, kLong, 12>(rows, first, end, weight, K, w, left, emit);
       w += kLong;
     } else if (left > 4) {
-      conv_strip<A, kK, 7>(rows, first, end, weight, K, w, left, emit);
+      conv_strip<A, kK, 7, 5>(rows, first, end, weight, K, w, left, emit);
       w += 7;
     } else {
-      conv_strip<A, kK, 4>(rows, first, end, weight, K, w, left, emit);
+      conv_strip<A, kK, 4, 1>(rows, first, end, weight, K, w, left, emit);
       w += 4;
     }
   }
 }
 
 // dweight of kRows consecutive taps kh .. kh + kRows - 1 from kStrip pixels of x: each staged column of dz is loaded once
-// and meets all the pixels that it pairs with. acc[r][kw] += x[j] * dz[row of kh + r][j + 2 pad - kw].
+// and meets all the pixels that it pairs with. acc[r][kw] += x[j] * dz[row of kh + r][j + pad - kw].
 template <class A, int kK, int kRows, int kStrip>
-FC_INLINE void wgrad_strip(const A* const* dz, const A* x, int64_t w, Vec<A> (&acc)[kRows][kK]) {
+FC_INLINE void wgrad_strip(const A* const* dz, const A* x, int64_t w, int64_t W, Vec<A> (&acc)[kRows][kK]) {
+  const int64_t left = kK / 2 - w, right = kK / 2 + W - w;  // as in conv_strip
   Vec<A> pixel[kStrip];
   FC_UNROLL for (int j = 0; j < kStrip; ++j) pixel[j] = load(x + (w + j) * kLanes<A>);
-  FC_UNROLL for (int c = 0; c < kStrip + kK - 1; ++c)
+  FC_UNROLL for (int c = 0; c < kStrip + kK - 1; ++c) {
+    if ((c < kK / 2 && c < left) || (c >= kK / 2 + kStrip && c >= right)) continue;
     FC_UNROLL for (int r = 0; r < kRows; ++r) {
-      const Vec<A> v = load(dz[r] + (w + c) * kLanes<A>);
+      const Vec<A> v = load(dz[r] + (w + c - kK / 2) * kLanes<A>);
       FC_UNROLL for (int j = 0; j < kStrip; ++j)
         if (j - c + kK - 1 >= 0 && j - c + kK - 1 < kK) acc[r][j - c + kK - 1] += pixel[j] * v;
     }
+  }
 }
 
 template <class A, int kK, int kRows>
@@ -104,9 +117,9 @@ FC_INLINE void wgrad_taps(const A* const* rows, int64_t kh, const A* x, int64_t 
     FC_UNROLL for (int kw = 0; kw < kK; ++kw) acc[r][kw] = load(dweight + ((kh + r) * kK + kw) * kLanes<A>);
   }
   int64_t w = 0;
-  for (; W - w >= 7; w += 7) wgrad_strip<A, kK, kRows, 7>(dz, x, w, acc);
-  for (; W - w >= 4; w += 4) wgrad_strip<A, kK, kRows, 4>(dz, x, w, acc);
-  for (; w < W; ++w) wgrad_strip<A, kK, kRows, 1>(dz, x, w, acc);  // no padded pixels: 0 * Inf would be NaN
+  for (; W - w >= 7; w += 7) wgrad_strip<A, kK, kRows, 7>(dz, x, w, W, acc);
+  for (; W - w >= 4; w += 4) wgrad_strip<A, kK, kRows, 4>(dz, x, w, W, acc);
+  for (; w < W; ++w) wgrad_strip<A, kK, kRows, 1>(dz, x, w, W, acc);
   FC_UNROLL for (int r = 0; r < kRows; ++r)
     FC_UNROLL for (int kw = 0; kw < kK; ++kw) store(dweight + ((kh + r) * kK + kw) * kLanes<A>, acc[r][kw]);
 }
@@ -134,9 +147,10 @@ FC_INLINE void wgrad_row(const A* const* rows, int64_t first, int64_t end, const
   } else {
     for (; kh < kh_end; ++kh)
       for (int64_t kw = 0; kw < K; ++kw) {
-        const A* dz = rows[K - 1 - kh] + (K - 1 - kw) * kLanes<A>;
+        const int64_t shift = K / 2 - kw, w0 = shift < 0 ? -shift : 0, w1 = shift > 0 ? W - shift : W;
+        const A* dz = rows[K - 1 - kh] + shift * kLanes<A>;
         Vec<A> acc = load(dweight + (kh * K + kw) * kLanes<A>);
-        for (int64_t w = 0; w < W; ++w) acc += load(x + w * kLanes<A>) * load(dz + w * kLanes<A>);
+        for (int64_t w = w0; w < w1; ++w) acc += load(x + w * kLanes<A>) * load(dz + w * kLanes<A>);
         store(dweight + (kh * K + kw) * kLanes<A>, acc);
       }
   }
@@ -309,7 +323,7 @@ void backward_block(const BackwardParams& p, Ring<A>& ring, A* x_row, const A* c
     if (dweight) {
       stage_row(p.x, s, pixel, c0, lanes, x_row);
       wgrad_row<A, kK>(ring.rows, first, end, x_row, s.K, s.W, dweight);
-      const A* dz = ring.rows[s.pad()] + s.pad() * kLanes<A>;
+      const A* dz = ring.rows[s.pad()];
       for (int64_t w = 0; w < s.W; ++w) dbias[w & 3] += load(dz + w * kLanes<A>);
     }
   }

@@ -23,11 +23,12 @@ def check_float(op: str, name: str, tensor: torch.Tensor) -> None:
 
 
 def check_device(op: str, x: torch.Tensor, **others: torch.Tensor | None) -> None:
+    device = x.device
     for name, tensor in others.items():
-        if tensor is not None and tensor.device != x.device:
+        if tensor is not None and tensor.device != device:
             raise ValueError(
-                f"{op}: {name} must be on the device of the first argument ({x.device}), got {tensor.device}; "
-                f"move it with {name}.to({str(x.device)!r})"
+                f"{op}: {name} must be on the device of the first argument ({device}), got {tensor.device}; "
+                f"move it with {name}.to({str(device)!r})"
             )
 
 

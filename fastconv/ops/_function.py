@@ -1,4 +1,9 @@
-"""What every autograd.Function of the package shares."""
+"""What every autograd.Function of the package shares.
+
+All have the form forward(ctx, ...). With setup_context torch inspects the signature at each call, which takes 20 us, and 100
+to 200 in a training step, where the caches are cold. torch.func, which needs setup_context, never gets here: `select` sends
+its calls to the reference.
+"""
 
 from __future__ import annotations
 

@@ -1,31 +1,31 @@
 """Which backend runs an op, and why: a fixed order of pure predicates, no try/except.
 
-A backend is a family of kernels behind one raw op schema. Each raw op is defined once per dispatcher
-namespace: `fastconv` holds the compiled kernels (the dispatcher picks CPU or CUDA by device) and
-`fastconv_triton` the Triton ones. `eager` is the hub's reference() and has no raw op.
+A backend is a family of kernels behind one raw op schema; `_definition.py` holds those.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-from torch.utils.flop_counter import register_flop_formula
 
 from fastconv import _library
 
-NAMESPACES = {"cpu": "fastconv", "cuda": "fastconv", "triton": "fastconv_triton"}
+from ._definition import MIN_CPU_ELEMENTS, NAMESPACES, OPS, define, hub, raw
+
+__all__ = ["BACKENDS", "NAMESPACES", "OPS", "Choice", "define", "disabled", "hub", "missing", "raw", "select", "use_backend"]
+
 BACKENDS = ("cpu", "cuda", "triton", "eager")
 ORDER = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}  # by device type; eager closes every order
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-OPS: dict[str, tuple[str, ...]] = {}  # op -> the backends that it has kernels for
+REROUTED = ("linear",)  # no ops of ours: `patch` hands these to another kernel of torch where that is the faster one
 
-_libraries: dict[str, torch.library.Library] = {}
+TRANSFORM = "a torch.func transform is active"
+
 _state: dict = {"forced": os.environ.get("FASTCONV_BACKEND") or None, "disabled": False}
 _disabled_ops = frozenset(filter(None, os.environ.get("FASTCONV_DISABLE", "").replace(" ", "").split(",")))
 _has_triton = importlib.util.find_spec("triton") is not None
@@ -36,52 +36,23 @@ def check_environment() -> None:
     """Called once every op is defined: a misspelt switch must not pass for an obeyed one."""
     if _state["forced"] not in (None, *BACKENDS):
         raise ValueError(f"FASTCONV_BACKEND must be one of {', '.join(BACKENDS)}, got {_state['forced']!r}")
-    for op in sorted(_disabled_ops - OPS.keys()):
-        raise ValueError(f"FASTCONV_DISABLE must list ops out of {', '.join(sorted(OPS))}, got {op!r}")
+    known = {*OPS, *REROUTED}
+    for op in sorted(_disabled_ops - known):
+        raise ValueError(f"FASTCONV_DISABLE must list ops out of {', '.join(sorted(known))}, got {op!r}")
 
 
 class Choice(NamedTuple):
-    """The backend that runs a call; `reason` says why a faster one does not ("" when none was passed over)."""
+    """The backend that runs a call; `reason` says why a faster one does not ("" when none was passed over).
+
+    Beside the names of BACKENDS: "native", torch's own operators, where they are the fastest.
+    """
 
     backend: str
     reason: str = ""
 
 
-def define(op: str, schemas: dict[str, str], fakes: dict[str, Callable], flops: dict[str, Callable], backends: tuple[str, ...]) -> None:
-    """Register the raw ops of one hub: schema, fake kernel and FLOP formula, in every namespace that has kernels."""
-    OPS[op] = backends
-    for namespace in sorted({NAMESPACES[b] for b in backends}):
-        if namespace not in _libraries:
-            _libraries[namespace] = torch.library.Library(namespace, "FRAGMENT")
-        library = _libraries[namespace]
-        for name, schema in schemas.items():
-            library.define(name + schema)
-            torch.library.register_fake(f"{namespace}::{name}", fakes[name], lib=library)
-            overload = getattr(getattr(torch.ops, namespace), name)
-            register_flop_formula(overload)(flops[name])
-            if namespace == "fastconv_triton":
-                kernel = _triton_kernel(op, name)
-                for key in ("CUDA", "CPU"):  # CPU: Triton's interpreter, for tests
-                    library.impl(name, kernel, key)
-
-
-def _triton_kernel(op: str, name: str) -> Callable:
-    """Import the Triton module at the first call: `import fastconv` must not import triton."""
-
-    def call(*args):
-        return getattr(importlib.import_module(f"fastconv.triton_kernels.{op}"), name.removeprefix(op + "_"))(*args)
-
-    return call
-
-
-def hub(op: str):
-    """The module of an op: its check, reference, schemas and Function."""
-    return importlib.import_module(f"fastconv.ops.{op}")
-
-
-def raw(name: str, backend: str):
-    """The raw op `name` (such as "depthwise_conv_fwd") of a backend."""
-    return getattr(getattr(torch.ops, NAMESPACES[backend]), name).default
+_CPU = Choice("cpu")
+_NATIVE = Choice("native")
 
 
 def triton_missing() -> str:
@@ -121,26 +92,39 @@ def missing(op: str, backend: str, device: torch.device | str, dtypes: tuple[tor
     return triton_missing()
 
 
+def _native_is_faster(op: str, tensors) -> bool:
+    small = tensors[0].numel() < MIN_CPU_ELEMENTS[op]
+    return small and all(t is None or t.dtype == torch.float32 for t in tensors)
+
+
+def switched_off(op: str) -> str:
+    """What has `op` run the original code in this call, whatever its tensors are, or "": a switch of the user's, a transform."""
+    if _state["disabled"]:
+        return "fastconv.disabled()"
+    if op in _disabled_ops:
+        return "FASTCONV_DISABLE"
+    if torch._C._are_functorch_transforms_active():
+        return TRANSFORM
+    return "forced" if _state["forced"] == "eager" else ""
+
+
 def select(op: str, *tensors: torch.Tensor | None) -> Choice:
     """The backend for a call of `op` on these tensors, and the reason where it is eager.
 
     Raises RuntimeError where `use_backend` or FASTCONV_BACKEND names a backend that cannot run the call.
     """
-    given = [t for t in tensors if t is not None]
-    device = given[0].device
-    dtypes = tuple(t.dtype for t in given)
-    if _state["disabled"]:
-        return Choice("eager", "fastconv.disabled()")
-    if op in _disabled_ops:
-        return Choice("eager", "FASTCONV_DISABLE")
-    if torch._C._are_functorch_transforms_active():
-        return Choice("eager", "a torch.func transform is active")
-    forced = _state["forced"]
+    reason = switched_off(op)
+    if reason:
+        return Choice("eager", reason)
+    device, forced = tensors[0].device, _state["forced"]
+    if device.type == "cpu" and forced is None and not _library.cpu_missing and "cpu" in OPS[op]:  # the general case below, sooner
+        return _NATIVE if _native_is_faster(op, tensors) else _CPU
+    dtypes = tuple(t.dtype for t in tensors if t is not None)
     if forced is not None:
-        reason = "" if forced == "eager" else missing(op, forced, device, dtypes)
+        reason = missing(op, forced, device, dtypes)
         if reason:
             raise RuntimeError(f"{op}: backend {forced!r} was asked for and cannot run: {reason}")
-        return Choice(forced, "forced" if forced == "eager" else "")
+        return Choice(forced)
     reasons = []
     for backend in ORDER.get(device.type, ()):
         if backend not in OPS[op]:

@@ -112,14 +112,11 @@ class DepthwiseConv(torch.autograd.Function):
     """Autograd of depthwise_conv; use the function, which checks and chooses the backend."""
 
     @staticmethod
-    def forward(x, weight, bias, out_dtype, backend):
-        return _registry.raw("depthwise_conv_fwd", backend)(x, weight, bias, out_dtype)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, weight, _, _, ctx.backend = inputs
+    def forward(ctx, x, weight, bias, out_dtype, backend):
+        ctx.backend = backend
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, weight)
+        return _registry.raw("depthwise_conv_fwd", backend)(x, weight, bias, out_dtype)
 
     @staticmethod
     @first_order_only(OP)
@@ -162,7 +159,7 @@ def depthwise_conv(
         cannot run the call, or a second derivative is asked for.
 
     Deterministic: equal inputs give equal bits, whatever the number of threads. NaN or Inf in x reaches exactly the
-    outputs whose window holds it.
+    outputs whose window holds it; an Inf in weight too, but for the Triton kernels, where it meets the padding as NaN.
 
     Source: Howard et al. 2017 (MobileNets), equation 3; the 7x7 form is Liu et al. 2022 (ConvNeXt), section 2.5.
     """

@@ -97,21 +97,17 @@ class DepthwiseConvNorm(torch.autograd.Function):
     """Autograd of depthwise_conv_norm; use the function, which checks and chooses the backend."""
 
     @staticmethod
-    def forward(x, weight, bias, norm_weight, norm_bias, eps, z_dtype, out_dtype, backend):
+    def forward(ctx, x, weight, bias, norm_weight, norm_bias, eps, z_dtype, out_dtype, backend):
         fwd = _registry.raw("depthwise_conv_norm_fwd", backend)
-        return fwd(x, weight, bias, norm_weight, norm_bias, eps, z_dtype, out_dtype, True)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, weight, bias, norm_weight, *_, ctx.backend = inputs
-        _, z, mean, rstd = output
-        ctx.mark_non_differentiable(z, mean, rstd)
+        y, z, mean, rstd = fwd(x, weight, bias, norm_weight, norm_bias, eps, z_dtype, out_dtype, True)
+        ctx.backend = backend
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, weight, norm_weight, z, mean, rstd, bias)  # bias: for first_order_only
+        return y
 
     @staticmethod
     @first_order_only(OP)
-    def backward(ctx, saved, dy, *_):
+    def backward(ctx, saved, dy):
         if dy is None:
             return (None,) * 9
         need_dx, need_dweight, need_dbias, need_dgamma, need_dbeta = ctx.needs_input_grad[:5]
@@ -169,4 +165,4 @@ def depthwise_conv_norm(
     if not needs_grad(x, weight, bias, norm_weight, norm_bias):
         fwd = _registry.raw("depthwise_conv_norm_fwd", backend)
         return fwd(x, weight, bias, norm_weight, norm_bias, eps, compute_dtype, out_dtype, False)[0]
-    return DepthwiseConvNorm.apply(x, weight, bias, norm_weight, norm_bias, eps, compute_dtype, out_dtype, backend)[0]
+    return DepthwiseConvNorm.apply(x, weight, bias, norm_weight, norm_bias, eps, compute_dtype, out_dtype, backend)

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from torch import nn
 
+from ..ops._registry import REROUTED
 from . import huggingface, official, timm, torchvision
 from ._block import OPS, BlockRule, FastBlock
 from ._module import FastModule, Plan, current_fast_class, fast_class, make_sites, patchable_class, rebased, sites_of
@@ -72,11 +73,11 @@ def patch(
             layout, inspected = rule.inspect(module)
         finally:
             module.__class__ = kind
-        rows = tuple((op, *inspected[op]) for op in OPS if op in requested)
+        rows = tuple((op, *inspected[op]) for op in OPS if op in requested and op in inspected)
         new = make_sites(name, module, rows, warned)
         sites += new.values()
-        fused = any(status == "fused" for _, status, _ in rows)
-        target = fast_class(FastBlock, Plan(base, requested, strict, rows, layout)) if fused else base
+        active = any(status == "fused" or op in REROUTED for op, status, _ in rows)
+        target = fast_class(FastBlock, Plan(base, requested, strict, rows, layout)) if active else base
         swaps.append((module, rebased(kind, current or base, target, memo), new))
     result = Report(sites)
     if strict and (result.declined or not sites):

@@ -15,6 +15,7 @@ import torch.fx
 import torch.nn.functional as F
 from torch import nn
 
+from ..ops import _linear
 from ._module import Kinds, child_at, unwrapped
 
 TO_NHWC, TO_NCHW = (0, 2, 3, 1), (0, 3, 1, 2)
@@ -31,6 +32,7 @@ class Unsupported(Exception):
 class BlockLayout:
     """Where the parts of a ConvNeXt block are. Paths are relative to the block; "" where it has no such part."""
 
+    before: tuple[str, ...]  # children to call before the convolution
     conv: str
     norm: str
     norm_view: str  # the view that the norm's own forward takes, "nchw" or "nhwc"
@@ -42,6 +44,9 @@ class BlockLayout:
     head_kinds: Kinds  # children whose calls the fused op replaces
     tail_kinds: Kinds
     consumer_kinds: Kinds  # children, outermost first, that take the norm's output and cast it to autocast's dtype; () if none does
+    leaves: tuple[str, ...]  # body with its containers opened; () if no nn.Linear is there
+    linears: tuple[str, ...]  # the leaves that are nn.Linear
+    linear_kinds: Kinds  # the linears, and the containers that were opened
 
 
 class _Tracer(torch.fx.Tracer):
@@ -195,12 +200,57 @@ def _consumers(block: nn.Module, path: str) -> Kinds:
     return ((path, kind), *inner) if inner else ()
 
 
+def _opened(block: nn.Module, path: str) -> tuple[list[str], list[str]]:
+    """(leaves, containers) of a child whose forward only calls its children one after another; ([path], []) for any other."""
+    child = child_at(block, path)
+    try:
+        x, node = _trace(child) if len(child._modules) else (None, None)
+    except Unsupported:
+        x = None
+    if x is None:
+        return [path], []
+    names = []
+    while node is not x:
+        if node.op != "call_module" or len(node.args) != 1 or node.kwargs or len(node.users) != 1:
+            return [path], []
+        names.insert(0, node.target)
+        node = node.args[0]
+    if len(x.users) != 1:
+        return [path], []
+    leaves, containers = [], [path]
+    for name in names:
+        inner_leaves, inner_containers = _opened(block, f"{path}.{name}")
+        leaves += inner_leaves
+        containers += inner_containers
+    return leaves, containers
+
+
+def _linears(block: nn.Module, body: list[str]) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+    """(leaves, linears, containers) of a body, empty where it holds no nn.Linear that runs over an NHWC view."""
+    leaves, linears, containers, view = [], [], [], "nhwc"
+    for step in body:
+        if step in ("nchw", "nhwc"):
+            view = step
+            leaves.append(step)
+            continue
+        inside, opened = _opened(block, step) if view == "nhwc" else ([step], [])
+        found = [path for path in inside if unwrapped(type(child_at(block, path))) is nn.Linear]
+        leaves += inside if found else [step]
+        linears += found
+        containers += opened if found else []
+    plain = nn.Linear.forward.__qualname__ == "Linear.forward"
+    return (tuple(leaves), tuple(linears), tuple(containers)) if linears and plain else ((), (), ())
+
+
 def read_block(
     block: nn.Module, drop_paths: tuple[str, ...], inline: tuple[str, ...], in_place: bool
 ) -> tuple[BlockLayout, dict[str, tuple[str, str]]]:
     """The layout of a ConvNeXt block and, by op, (status, reason). Raises Unsupported where it is another computation.
 
-    shortcut(x) + drop_path(gamma * body(norm(conv(x)))), with conv depthwise; gamma, drop_path and shortcut are optional.
+    "linear" is among the ops where the block has such layers and this processor may run them faster as convolutions.
+
+    shortcut(x) + drop_path(gamma * body(norm(conv(before(x))))), with conv depthwise; gamma, drop_path, shortcut and before
+    are optional.
     """
     x, result = _trace(block, inline)
     if not _is(result, _ADD) or len(result.args) != 2 or result.kwargs:
@@ -258,8 +308,8 @@ def _parse(block, steps, shortcut, drop_paths, inline, in_place):
         elif kind == "call":
             calls.append((value, layout))
         elif kind == "scale":
-            conv = child_at(block, calls[0][0]) if calls else None
-            found = [s for s in (_scale(a, block, getattr(conv, "out_channels", -1)) for a in value.args) if s]
+            channels = next((c.out_channels for c in (child_at(block, p) for p, _ in calls) if isinstance(c, nn.Conv2d)), -1)
+            found = [s for s in (_scale(a, block, channels) for a in value.args) if s]
             if gamma or len(found) != 1 or found[0][1] != layout:
                 raise unknown
             gamma = found[0][0]
@@ -267,12 +317,15 @@ def _parse(block, steps, shortcut, drop_paths, inline, in_place):
             raise unknown
         else:
             layout = kind
+    before = []
+    while calls and calls[0][1] == "nchw" and not isinstance(child_at(block, calls[0][0]), nn.Conv2d):
+        before.append(calls.pop(0)[0])
+        if any(getattr(m, "inplace", False) for m in child_at(block, before[-1]).modules()):
+            raise Unsupported(f"{before[-1]} writes over the input, which the shortcut needs")
     if layout != "nchw" or len(calls) < 3 or calls[0][1] != "nchw":
         raise unknown
     (conv_path, _), (norm_path, norm_layout), *rest = calls
     conv, norm = child_at(block, conv_path), child_at(block, norm_path)
-    if not isinstance(conv, nn.Conv2d):
-        raise unknown
     view = "nhwc"
     for path, needed in rest:
         body += [needed, path] if needed != view else [path]
@@ -287,10 +340,15 @@ def _parse(block, steps, shortcut, drop_paths, inline, in_place):
         "residual_scale": ("declined", tail_reason) if tail_reason else ("native", "a plain sum") if plain_sum else ("fused", ""),
     }
 
+    leaves, linears, containers = _linears(block, body)
+    if linears and _linear.PREFERS_CONVOLUTION:
+        sites["linear"] = ("native", "as 1x1 convolutions where oneDNN beats MKL")
+
     def kinds(*paths: str) -> Kinds:
         return tuple((path, unwrapped(type(child_at(block, path)))) for path in paths if path)
 
     found = BlockLayout(
+        before=tuple(before),
         conv=conv_path,
         norm=norm_path,
         norm_view=norm_layout,
@@ -302,5 +360,8 @@ def _parse(block, steps, shortcut, drop_paths, inline, in_place):
         head_kinds=kinds(*inline, conv_path, norm_path),
         tail_kinds=kinds(*inline, drop_path),
         consumer_kinds=_consumers(block, rest[0][0]),
+        leaves=leaves,
+        linears=linears,
+        linear_kinds=kinds(*containers, *linears),
     )
     return found, sites

@@ -8,12 +8,15 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..ops import depthwise_conv_norm, is_disabled, residual_scale
-from ..ops._registry import ORDER
+from ..ops import Choice, depthwise_conv_norm, is_disabled, residual_scale, select
+from ..ops._linear import as_convolution, convolution_is_faster
+from ..ops._registry import ORDER, REROUTED, switched_off
 from ._analysis import BlockLayout, Unsupported, read_block
 from ._module import PLAIN, FastModule, bypass_reason, child_at, choose, sites_of
+from ._report import record
 
-OPS = ("depthwise_conv_norm", "residual_scale")
+FUSED = ("depthwise_conv_norm", "residual_scale")
+OPS = (*FUSED, *REROUTED)
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,6 @@ class BlockRule:
     drop_paths: tuple[str, ...] = ("drop_path",)
     inline: tuple[str, ...] = ()  # children to read through, because the convolution lies inside
     in_place: bool = False  # the sum is written over the branch
-    unsupported: str = ""  # why blocks of these classes are listed and not fused
 
     def matches(self, module: nn.Module) -> bool:
         library = sys.modules.get(self.defined_in)
@@ -33,11 +35,10 @@ class BlockRule:
 
     def inspect(self, block: nn.Module) -> tuple[BlockLayout | None, dict[str, tuple[str, str]]]:
         """The layout, and (status, reason) of each op. Without a layout every op is declined."""
-        reason = "its forward is replaced on the instance" if "forward" in block.__dict__ else self.unsupported
         training = block.training
         try:
-            if reason:
-                raise Unsupported(reason)
+            if "forward" in block.__dict__:
+                raise Unsupported("its forward is replaced on the instance")
             found = []
             for block.training in (not training, training):
                 found.append(read_block(block, self.drop_paths, self.inline, self.in_place))
@@ -45,13 +46,13 @@ class BlockRule:
                 raise Unsupported("its forward computes something else in training than in eval mode")
             return found[0]
         except Unsupported as error:
-            return None, dict.fromkeys(OPS, ("declined", str(error)))
+            return None, dict.fromkeys(FUSED, ("declined", str(error)))
         finally:
             block.training = training
 
 
 class FastBlock(FastModule):
-    """shortcut(x) + drop_path(gamma * body(norm(conv(x)))) with conv + norm as one op and all that follows body as another.
+    """shortcut(x) + drop_path(gamma * body(norm(conv(before(x))))), conv + norm as one op and all that follows body as another.
 
     Parameters are read at each call, in the order and as often as the original reads them (a parametrization may hold
     state); children that are not fused away are called, so that their hooks and adapters run.
@@ -59,22 +60,27 @@ class FastBlock(FastModule):
 
     def forward(self, *args, **kwargs):
         # disabled(): nothing is counted. Traced graphs get torch's own operators, so that they run without fastconv.
-        if is_disabled() or torch.jit.is_tracing() or torch.compiler.is_exporting():
+        if is_disabled() or torch.jit.is_tracing() or _exporting():
             return super().forward(*args, **kwargs)
         layout = self._fastconv.layout
         x = args[0] if len(args) == 1 and not kwargs else None
         reason = _input_reason(x)
-        head = choose(self, "depthwise_conv_norm", reason or _head_reason(self, layout, x), x)
         tail = choose(self, "residual_scale", reason or _tail_reason(self, layout, x), x)
-        if not head and not tail:
+        y = x if reason else _plain_body(self, layout.before, x)
+        head = choose(self, "depthwise_conv_norm", reason or _input_reason(y) or _head_reason(self, layout, y), x)
+        reroute = not reason and _may_reroute(self, layout)
+        # What ran before the convolution must not run twice.
+        if not head and not tail and not reroute and (reason or not layout.before):
             return super().forward(*args, **kwargs)
-        y = _fused_head(self, layout, x) if head else _plain_head(self, layout, x)
-        for step in layout.body:
-            if step in ("nchw", "nhwc"):
-                y = y.permute(0, 3, 1, 2) if step == "nchw" else y.permute(0, 2, 3, 1)
-            else:
-                y = child_at(self, step)(y)
+        y = _fused_head(self, layout, y) if head else _plain_head(self, layout, y)
+        y = _rerouted_body(self, layout, y) if reroute else _plain_body(self, layout.body, y)
         return _fused_tail(self, layout, x, y) if tail else _plain_tail(self, layout, x, y)
+
+
+@torch.compiler.assume_constant_result
+def _exporting() -> bool:
+    """torch.compiler.is_exporting() as it is: where torch 2.11 compiles, it stands for True."""
+    return torch.compiler.is_exporting()
 
 
 def _input_reason(x) -> str:
@@ -149,6 +155,45 @@ def _plain_head(block: FastBlock, layout: BlockLayout, x: torch.Tensor) -> torch
     return child_at(block, layout.norm)(y.permute(0, 2, 3, 1))
 
 
+def _plain_body(block: FastBlock, steps: tuple[str, ...], y: torch.Tensor) -> torch.Tensor:
+    for step in steps:
+        if step == "nchw":
+            y = y.permute(0, 3, 1, 2)
+        elif step == "nhwc":
+            y = y.permute(0, 2, 3, 1)
+        else:
+            y = child_at(block, step)(y)
+    return y
+
+
+def _may_reroute(block: FastBlock, layout: BlockLayout) -> bool:
+    """Whether the linear layers of the body may run as convolutions in this call; if not, only speed is lost: no warning."""
+    if not any(op == "linear" for op, _, _ in block._fastconv.sites):
+        return False
+    reason = switched_off("linear") or bypass_reason(block, layout.linear_kinds)
+    if not torch.compiler.is_compiling():
+        record(sites_of(block)["linear"], Choice("eager", reason), warn=False)
+    return not reason
+
+
+def _rerouted_body(block: FastBlock, layout: BlockLayout, y: torch.Tensor) -> torch.Tensor:
+    for step in layout.leaves:
+        layer = child_at(block, step) if step in layout.linears else None
+        if layer is None or not _convolvable(layer, y):
+            y = _plain_body(block, (step,), y)
+            continue
+        y = as_convolution(y, layer.weight, layer.bias)
+        if not torch.compiler.is_compiling():
+            sites_of(block)["linear"].backend = "onednn"
+    return y
+
+
+def _convolvable(layer: nn.Linear, x: torch.Tensor) -> bool:
+    parameters = layer._parameters  # without those that are parametrized
+    plain = type(parameters.get("weight")) in PLAIN and type(parameters.get("bias", ...)) in (*PLAIN, type(None))
+    return plain and x.shape[-1] == layer.in_features and convolution_is_faster(x, layer.weight)
+
+
 def _fused_tail(block: FastBlock, layout: BlockLayout, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     gamma = _gamma(block, layout)
     dtype = y.dtype if gamma is None else torch.promote_types(y.dtype, gamma.dtype)
@@ -160,8 +205,10 @@ def _fused_tail(block: FastBlock, layout: BlockLayout, x: torch.Tensor, y: torch
             ones = torch.ones((y.shape[0], 1, 1, 1), dtype=dtype, device=y.device)
             mask = drop_path(ones)
             mask = None if mask is ones else mask
-    shortcut = child_at(block, layout.shortcut)(x) if layout.shortcut else x
-    out = residual_scale(shortcut.permute(0, 2, 3, 1), y, gamma, mask).permute(0, 3, 1, 2)
+    shortcut = (child_at(block, layout.shortcut)(x) if layout.shortcut else x).permute(0, 2, 3, 1)
+    if not torch.compiler.is_compiling():  # only now all dtypes are known
+        sites_of(block)["residual_scale"].backend = select("residual_scale", shortcut, y, gamma, mask).backend
+    out = residual_scale(shortcut, y, gamma, mask).permute(0, 3, 1, 2)
     return out.to(dtype) if layout.in_place else out
 
 

@@ -42,13 +42,13 @@ class Site:
 _sites: weakref.WeakKeyDictionary[torch.nn.Module, dict[str, Site]] = weakref.WeakKeyDictionary()
 
 
-def record(site: Site, choice: Choice) -> None:
+def record(site: Site, choice: Choice, warn: bool = True) -> None:
     """Note one call. A fallback that nobody asked for is counted, and warned about once per model and reason."""
     site.backend = choice.backend
-    if choice.backend != "eager" or choice.reason in ASKED_FOR:
+    if choice.backend != "eager" or not choice.reason or choice.reason in ASKED_FOR:
         return
     site.fallbacks[choice.reason] += 1
-    if choice.reason not in site.warned:
+    if warn and choice.reason not in site.warned:
         site.warned.add(choice.reason)
         warnings.warn(
             f"fastconv: {site.op} in {site.name or 'the model'} ({site.type}) runs the original code: {choice.reason}. "

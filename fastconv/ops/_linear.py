@@ -1,0 +1,85 @@
+"""Linear layers over maps as 1x1 convolutions, where torch's convolutions (oneDNN) are faster than its matrix products (MKL).
+
+MKL keeps AMD's processors from its AVX-512 code: its float32 products reach less than half of what oneDNN's do there. Both
+are torch's own kernels and both have all derivatives; which one runs is decided at each call, by the shape.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+import torch.nn.functional as F
+
+
+def _prefers_convolution() -> bool:
+    if importlib.util.find_spec("fastconv._C") is None or not torch.backends.mkl.is_available():
+        return False
+    from fastconv import _C
+
+    return _C.cpu_vendor() == "amd" and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+
+
+PREFERS_CONVOLUTION = _prefers_convolution()  # of this processor
+
+# Where the convolution wins, forward and backward, on an AMD EPYC (Zen 5), 2 threads, torch 2.15, 2026-11-22: about 1.1x at
+# MIN_PRODUCTS, 1.3x to 2.3x at ConvNeXt-T's shapes, 0.7x to 1.3x under MIN_ROWS. `pytest benchmarks -k linear` measures it.
+MIN_ROWS = 192
+MIN_PRODUCTS = 2**23  # rows x in_features x out_features
+MIN_ELEMENTS = 20_480  # below it, or on one thread, torch computes a 1x1 convolution by MKL too
+
+
+@torch.compiler.assume_constant_result
+def _threads() -> int:
+    return torch.get_num_threads()
+
+
+@torch.compiler.assume_constant_result
+def _full_precision() -> bool:
+    """Whether float32 means float32 to both kernels: each has its own switch for less."""
+    mkldnn = torch.backends.mkldnn
+    return mkldnn.enabled and torch.get_float32_matmul_precision() == "highest" and mkldnn.conv.fp32_precision in ("none", "ieee")
+
+
+def convolution_is_faster(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether linear(x, weight) is to run as a convolution."""
+    rows = x.numel() // max(x.shape[-1], 1)
+    return (
+        x.device.type == "cpu" == weight.device.type
+        and x.dtype == weight.dtype == torch.float32
+        and not torch.is_autocast_enabled("cpu")
+        and x.is_contiguous()
+        and rows >= MIN_ROWS
+        and rows * weight.numel() >= MIN_PRODUCTS
+        and x.numel() > MIN_ELEMENTS
+        and _threads() > 1
+        and _full_precision()
+    )
+
+
+class PointwiseConv(torch.autograd.Function):
+    """conv2d(x, weight, bias) for a 1x1 kernel. Differs from torch's own in dbias alone: oneDNN adds up its rows one by one,
+    which over the 25,088 pixels of a first stage is ten times less accurate than the sum that nn.Linear takes."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        ctx.set_materialize_grads(False)
+        return F.conv2d(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, dy):
+        if dy is None:
+            return None, None, None
+        x, weight = ctx.saved_tensors
+        need_dx, need_dweight, need_dbias = ctx.needs_input_grad
+        settings = [1, 1], [0, 0], [1, 1], False, [0, 0], 1  # stride, padding, dilation, transposed, output padding, groups
+        dx, dweight, _ = torch.ops.aten.convolution_backward(dy, x, weight, None, *settings, [need_dx, need_dweight, False])
+        return dx, dweight, dy.sum((0, 2, 3)) if need_dbias else None
+
+
+def as_convolution(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """F.linear(x, weight, bias) by the kernel of a 1x1 convolution, over one image of one column: what the rows were before
+    matters to oneDNN, which is half as fast on many small images."""
+    y = PointwiseConv.apply(x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2), weight[:, :, None, None], bias)
+    return y.permute(0, 2, 3, 1).view(*x.shape[:-1], weight.shape[0])

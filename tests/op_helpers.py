@@ -1,0 +1,28 @@
+"""What the tests of the op contract share."""
+
+import pytest
+import torch
+
+from fastconv import ops, use_backend
+from fastconv.ops._registry import OPS
+from fastconv.testing import CASES, poisoned, run
+
+BACKENDS = ("eager", "cpu")  # never shortened where the library is not built: such a build must be red
+SMALL = {op: next(c for c in cases if not c.without and not c.wide and 1 < c.C < 64) for op, cases in CASES.items()}
+GRADIENTS = {
+    "depthwise_conv": ("x", "weight", "bias"),
+    "depthwise_conv_norm": ("x", "weight", "bias", "norm_weight", "norm_bias"),
+    "residual_scale": ("shortcut", "y", "gamma"),
+}
+every_op = pytest.mark.parametrize("op", sorted(OPS))
+half_and_float = pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+
+
+def same_bits(left: dict, right: dict) -> None:
+    for name in left.keys() & right.keys():
+        assert torch.equal(left[name], right[name]), name
+
+
+def on_cpu_kernels(op, inputs, wanted=None):
+    with use_backend("cpu"), poisoned():
+        return run(getattr(ops, op), inputs, wanted)

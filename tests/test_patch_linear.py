@@ -1,0 +1,252 @@
+"""The linear layers of a block as 1x1 convolutions: the same layer to whoever looks, for every model that is patched."""
+
+import copy
+import os
+import subprocess
+import sys
+import warnings
+
+import pytest
+import timm
+import torch
+import torchvision
+from official_convnext import Network
+from patch_contract import SingleProcessContract
+from patch_helpers import assert_agree, randomise_, step
+from patch_small import backends, images, make, pair
+from torch import nn
+from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import TorchDispatchMode
+from torchvision.models.convnext import CNBlockConfig
+from transformers import ConvNextV2Config, ConvNextV2Model
+
+import fastconv
+from fastconv.ops import _linear
+from fastconv.testing import assert_matches
+
+
+@pytest.fixture(autouse=True)
+def at_any_size(monkeypatch, one_thread):
+    """As on a processor that prefers convolutions, and on more threads than the tests take; no tensor is too small."""
+    monkeypatch.setattr(_linear, "PREFERS_CONVOLUTION", True)
+    monkeypatch.setattr(_linear, "_threads", lambda: 2)
+    for bound in ("MIN_ROWS", "MIN_PRODUCTS"):
+        monkeypatch.setattr(_linear, bound, 0)
+    monkeypatch.setattr(_linear, "MIN_ELEMENTS", -1)
+
+
+class Calls(TorchDispatchMode):
+    """The operators that run, those of the backward pass too."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(func.overloadpacket)
+        return func(*args, **(kwargs or {}))
+
+
+def site_of(model):
+    return next(s for s in fastconv.report(model).sites if s.op == "linear")
+
+
+class TestTimm(SingleProcessContract):
+    """The layers lie in an Mlp, whose call is replaced."""
+
+    blocks = 4
+
+    def make(self, drop_path=0.0):
+        return timm.models.convnext.ConvNeXt(depths=(1, 1, 1, 1), dims=(8, 16, 24, 32), num_classes=10, drop_path_rate=drop_path)
+
+
+class TestTorchvision(SingleProcessContract):
+    """The layers lie in the Sequential that holds the convolution too."""
+
+    blocks = 2
+
+    def make(self, drop_path=0.0):
+        settings = [CNBlockConfig(8, 16, 1), CNBlockConfig(16, None, 1)]
+        return torchvision.models.ConvNeXt(settings, stochastic_depth_prob=drop_path, num_classes=10)
+
+
+@pytest.mark.parametrize(
+    "make_model",
+    [
+        lambda: Network(grn=True),
+        lambda: ConvNextV2Model(ConvNextV2Config(hidden_sizes=[8, 16], depths=[1, 1], num_stages=2)),
+        lambda: timm.models.convnext.ConvNeXt(depths=(1, 1, 1, 1), dims=(8, 16, 24, 32), use_grn=True, ls_init_value=None),
+    ],
+    ids=["official", "hf", "timm grn"],
+)
+def test_every_family(make_model):
+    torch.manual_seed(0)
+    plain = randomise_(make_model())
+    model = copy.deepcopy(plain)
+    report = fastconv.patch(model)
+    assert report.blocks[0] == report.blocks[1] == sum(s.op == "linear" for s in report.native) > 0
+    x = torch.randn(2, 3, 64, 48)
+    assert_agree(step(model, x), step(plain, x))
+    assert {s.backend for s in report.native if s.op == "linear"} == {"onednn"}
+
+
+def test_no_matrix_product_is_left():
+    model, plain = pair()
+    products, aten = {}, torch.ops.aten
+    for name, m in (("patched", model), ("plain", plain)):
+        with Calls() as calls:
+            step(m, images())
+        products[name] = sum(op in (aten.addmm, aten.mm, aten.bmm) for op in calls.seen)
+    assert products == {"patched": 0, "plain": 2 * 2 * 3}  # two blocks of two layers: output and two gradients
+
+
+def test_wide_and_narrow_over_many_rows():
+    """The bias gradient is a long sum: oneDNN's own is ten times less accurate than eager's, and is not used."""
+    g = torch.Generator().manual_seed(0)
+    x, weight, bias, dy = (torch.randn(s, generator=g) for s in ((8, 56, 56, 24), (48, 24), (48,), (8, 56, 56, 48)))
+
+    def run(function, *tensors):
+        leaves = [t.detach().requires_grad_() for t in tensors[:3]]
+        out = function(*leaves)
+        return [out.detach(), *torch.autograd.grad(out, leaves, tensors[3])]
+
+    truth = run(nn.functional.linear, *(t.double() for t in (x, weight, bias, dy)))
+    eager, actual = (run(f, x, weight, bias, dy) for f in (nn.functional.linear, _linear.as_convolution))
+    for name, a, e, t in zip(("out", "dx", "dweight", "dbias"), actual, eager, truth, strict=True):
+        assert_matches(a, e, t, grad=name != "out", dtype=torch.float32, name=name)
+    assert actual[0].is_contiguous()
+
+
+def test_derivatives_of_every_order():
+    leaves = [torch.randn(s, dtype=torch.double, requires_grad=True) for s in ((2, 3, 4), (5, 4), (5,))]
+    assert torch.autograd.gradcheck(_linear.as_convolution, leaves)
+    assert torch.autograd.gradgradcheck(_linear.as_convolution, leaves)
+    assert torch.autograd.gradcheck(lambda x, w: _linear.as_convolution(x, w, None), leaves[:2])
+
+
+@pytest.mark.parametrize("frozen", [("weight",), ("bias",), ("weight", "bias")])
+def test_frozen_layers(frozen):
+    model, plain = pair()
+    for m in (model, plain):
+        for name in frozen:
+            getattr(m[1].mlp.fc1, name).requires_grad_(False)
+    actual, expected = step(model, images()), step(plain, images())
+    assert_agree(actual, expected)
+    assert site_of(model).backend == "onednn"
+
+
+def _hook(block):
+    block.mlp.fc2.register_forward_hook(lambda *_: None)
+
+
+def _hook_on_the_container(block):
+    block.mlp.register_forward_pre_hook(lambda *_: None)
+
+
+def _adapter(block):
+    class LoRA(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) + 0.5 * x.sum(-1, keepdim=True)
+
+    block.mlp.fc1.__class__ = LoRA
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (_hook, "a hook sits on mlp.fc2"),
+        (_hook_on_the_container, "a hook sits on mlp"),
+        (_adapter, "mlp.fc1 is a LoRA, not a Linear"),
+    ],
+)
+def test_changed_after_patch(change, reason):
+    """The original layers run. Nothing fused is lost, so there is no warning, not even under strict=True."""
+    plain = make()
+    model = copy.deepcopy(plain)
+    fastconv.patch(model, strict=True)
+    for m in (model, plain):
+        change(m[0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        actual = step(model, images())
+    assert_agree(actual, step(plain, images()))
+    sites = [s for s in fastconv.report(model).sites if s.op == "linear"]
+    assert [dict(s.fallbacks) for s in sites] == [{reason: 1}, {}]
+    assert [s.backend for s in sites] == ["eager", "onednn"]
+    assert f"linear ran the original code in 1 calls: {reason}" in str(fastconv.report(model))
+
+
+def test_parametrized_layers_are_called():
+    class Doubled(nn.Module):
+        calls = 0
+
+        def forward(self, weight):
+            Doubled.calls += 1
+            return 2 * weight
+
+    model, plain = pair()
+    for m in (model, plain):
+        parametrize.register_parametrization(m[0].mlp.fc1, "weight", Doubled())
+        parametrize.register_parametrization(m[1].mlp.fc2, "bias", Doubled())
+    Doubled.calls = 0
+    actual = step(model, images())
+    assert Doubled.calls == 2, "once a call, as in the original"
+    assert_agree(actual, step(plain, images()))
+
+
+def test_other_dtypes_and_precisions_keep_the_matrix_product():
+    model, _ = pair()
+
+    def backend(x, m=model):
+        m(x)
+        return site_of(m).backend
+
+    assert backend(images()) == "onednn"
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert backend(images()) == "eager"
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert backend(images()) == "eager"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert backend(images()) == "eager"
+    assert backend(images()) == "onednn"
+    assert backend(images().double(), copy.deepcopy(model).double()) == "eager"
+
+
+def test_switches():
+    model, plain = pair()
+    with fastconv.use_backend("eager"):
+        assert torch.equal(model(images()), plain(images()))
+    assert site_of(model).backend == "eager" and not site_of(model).fallbacks
+    fused = fastconv.patch(model, ops=("depthwise_conv_norm", "residual_scale"))
+    assert "linear" not in {s.op for s in fused.sites}
+    alone = fastconv.patch(model, ops="linear")
+    assert {s.op for s in alone.sites} == {"linear"}
+    assert_agree(step(model, images()), step(plain, images()))
+    assert backends(model) == {"linear": "onednn"}
+    code = "import fastconv.ops._registry as r; print(r.switched_off('linear'), r.switched_off('residual_scale') or 'on')"
+    env = {**os.environ, "FASTCONV_DISABLE": "linear"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.stdout.split() == ["FASTCONV_DISABLE", "on"], done.stderr
+
+
+@pytest.mark.parametrize(("bound", "value"), [("MIN_ROWS", 71), ("MIN_PRODUCTS", 70 * 8 * 32 + 1), ("MIN_ELEMENTS", 70 * 32)])
+def test_bounds(monkeypatch, bound, value):
+    """Two images of 7 x 5 are 70 rows, of 8 channels and of 32."""
+    model, _ = pair()
+    monkeypatch.setattr(_linear, bound, value)
+    model(images())
+    assert site_of(model).backend == "eager"
+    monkeypatch.setattr(_linear, bound, value - 1)
+    model(images())
+    assert site_of(model).backend == "onednn"
+
+
+def test_elsewhere_nothing_is_listed(monkeypatch):
+    monkeypatch.setattr(_linear, "PREFERS_CONVOLUTION", False)
+    model, plain = pair()
+    assert {s.op for s in fastconv.report(model).sites} == {"depthwise_conv_norm", "residual_scale"}
+    assert_agree(step(model, images()), step(plain, images()))
