@@ -20,6 +20,7 @@ help:  ## this list
 	@echo
 	@echo 'PYTHON=python3.12   the Python that .venv is made from     TORCH=torch==2.13.0   another torch'
 	@echo 'OUT=folder          where bench and gpu-check write        ARGS="..."            passed on to demo and bench'
+	@echo 'STAGE=probe,bench   stages of gpu-check, default all: probe, test, sanitize, graph, bench'
 
 # torch first, so that our build and torchvision see the one that was asked for. The package is registered without its
 # compiled parts here; BUILT makes them, and remakes only what changed.
@@ -55,7 +56,7 @@ bench: $(BUILT)  ## op and model benchmarks, JSON into OUT
 	$(PY) -m pytest benchmarks --out "$(OUT)" $(ARGS)
 
 gpu-check:  ## on a machine with a GPU: build with PYTHON as it is, no network, check and measure; results into OUT
-	$(PYTHON) benchmarks/gpu_check.py --out "$(OUT)"
+	$(PYTHON) benchmarks/gpu_check.py --out "$(OUT)" $(if $(STAGE),--stage "$(STAGE)")
 
 lint: $(BUILT)  ## ruff
 	$(PY) -m ruff check .

@@ -1,145 +1,100 @@
-"""Everything worth doing when a GPU is at hand: `make gpu-check OUT=folder`, under nine minutes, without network.
+"""Everything worth doing when a GPU is at hand: `make gpu-check OUT=folder STAGE=probe,test,sanitize,graph,bench`.
 
-Uses the Python that already holds torch (with setuptools, pybind11, pytest, pytest-benchmark, timm, typer, rich ...) and
-installs the checkout there in editable form. One stage that fails does not stop the others.
+Uses the Python that already holds torch (with setuptools, pybind11, ninja, pytest, pytest-benchmark, timm, typer, rich ...),
+without network: installs the checkout there in editable form, which builds the compiled libraries, then runs the stages
+asked for, each under nine minutes. A step is green, red, or "recorded" where it could not be tried, as its output says. A step
+that fails or hangs does not stop the next. What the steps run is in tests/gpu and in this folder.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
-import concurrent.futures
 import datetime
-import functools
 import json
-import multiprocessing
 import os
 import pathlib
+import platform
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from typing import NamedTuple
 
 import torch
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-TOTAL_S = 530
+STAGES = ("probe", "test", "sanitize", "graph", "bench")
+STAGE_S = 530  # of one stage; the build counts towards the first
+RECORDED = 77  # exit status of a step that could not be tried
+OUTCOMES = {0: "green", RECORDED: "recorded"}
 
 
-def stages(out: pathlib.Path) -> dict[str, tuple[int, list]]:
-    """Stage -> (seconds that it may take, command), the most telling first."""
-    this = [sys.executable, __file__, "--stage"]
-    bench = [sys.executable, "-m", "pytest", ROOT / "benchmarks", "--device", "cuda", "-k"]
+class Step(NamedTuple):
+    name: str
+    seconds: int  # that it may take
+    command: list
+
+
+def build_steps() -> list[Step]:
     pip = [sys.executable, "-m", "pip", "install", "--no-index", "--no-deps", "--no-build-isolation", "-e", ROOT]
-    demo = ["demo", "--device", "cuda", "--dtype", "bfloat16", "--batch-size", "128", "--steps", "32", "--output", out / "demo.png"]
+    return [Step("build", 240, pip), Step("doctor", 40, [sys.executable, "-m", "fastconv.doctor"])]
+
+
+def steps_of(stage: str, out: pathlib.Path, scratch: pathlib.Path) -> list[Step]:
+    """The most telling first: what no time is left for is red. `scratch`: for results that go to `out` under the step's name."""
+
+    def module(name: str, *args: str) -> list:
+        return [sys.executable, "-m", f"gpu.{name}", *args]
+
+    def pytest(*args) -> list:
+        return [sys.executable, "-m", "pytest", *args]
+
+    def bench(name: str, seconds: int, *args: str) -> Step:
+        return Step(name, seconds, pytest(ROOT / "benchmarks", "--device", "cuda", "--out", scratch / name, "-k", *args))
+
+    if stage == "probe":
+        return [Step("probes", 240, module("probes"))]
+    if stage == "test":
+        checks = {"contract": 200, "shapes": 120, "stream": 60, "huge": 90, "parity": 90, "second_gpu": 60}
+        steps = [Step(name, seconds, module("checks", name)) for name, seconds in checks.items()]
+        for backend in ("cuda", "triton"):
+            settings = ["CUBLAS_WORKSPACE_CONFIG=:4096:8", "CONVERGENCE_DEVICE=cuda", f"CONVERGENCE_BACKEND={backend}"]
+            steps.append(Step(f"convergence-{backend}", 90, ["env", *settings, *pytest("-q", ROOT / "tests" / "test_convergence.py")]))
+        return [*steps, Step("repeat", 200, module("checks", "repeat"))]
+    if stage == "sanitize":
+        return [Step(tool, 240, module("sanitizer", tool)) for tool in ("memcheck", "racecheck", "initcheck")]
+    if stage == "graph":
+        return [Step("graph", 240, module("checks", "graph"))]
+    demo = ["--device", "cuda", "--dtype", "bfloat16", "--batch-size", "128", "--steps", "32", "--output", out / "demo.png"]
+    return [
+        bench("bench_norm", 160, "test_depthwise_conv_norm", "--seconds", "1"),
+        bench("bench_models", 200, "test_model", "--seconds", "0.5"),
+        bench("bench_others", 160, "(test_depthwise_conv or test_residual_scale) and not norm", "--seconds", "1"),
+        Step("demo", 90, [sys.executable, "-m", "fastconv.cli", "demo", *demo]),
+    ]
+
+
+def environment() -> dict[str, str]:
+    """Nothing that a user may have exported changes what is checked; PYTHONPATH may hold packages."""
+    kept = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET" and not k.startswith("FASTCONV_")}
+    paths = [str(ROOT / "tests"), *filter(None, [kept.get("PYTHONPATH")])]
     return {
-        "build": (120, pip),
-        "doctor": (30, [sys.executable, "-m", "fastconv.doctor"]),
-        "contract": (180, [*this, "contract"]),
-        "repeat": (60, [*this, "repeat"]),
-        "stream": (60, [*this, "stream"]),
-        "graph": (60, [*this, "graph"]),
-        "demo": (90, [sys.executable, "-m", "fastconv.cli", *demo]),
-        "bench-norm": (120, [*bench, "test_depthwise_conv_norm", "--seconds", "1", "--out", out / "bench_norm"]),
-        "bench-models": (180, [*bench, "test_model", "--seconds", "0.5", "--out", out / "bench_models"]),
-        "bench-others": (60, [*bench, "not norm and not model", "--seconds", "1", "--no-compile", "--out", out / "bench_others"]),
+        **kept,
+        **{"FASTCONV_CPU": "1", "FASTCONV_CUDA": "1", "PIP_NO_INDEX": "1", "PYTHONUNBUFFERED": "1"},
+        "PYTHONPATH": os.pathsep.join(paths),
     }
 
 
-def check(case, dtype: torch.dtype) -> str:
-    from fastconv.testing import check_op
-
-    try:
-        check_op(case, dtype, "triton", device="cuda")
-    except Exception as error:  # a wrong result, a failed compilation or a launch error: each is one red line, and the rest goes on
-        return f"{case.op} {case} {dtype}: {type(error).__name__}: {error}"
-    return ""
-
-
-def contract() -> int:
-    """Every case and dtype of every op against float64, in several processes because the kernels take long to compile."""
-    from fastconv.testing import CASES
-
-    calls = [(c, d) for cases in CASES.values() for c in cases for d in c.dtypes if d != torch.float64]
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(min(12, os.cpu_count() or 1), mp_context=context) as pool:
-        errors = [error for error in pool.map(check, *zip(*calls)) if error]
-    print(*errors, sep="\n")
-    print(f"{len(calls) - len(errors)} of {len(calls)} calls right")
-    return int(bool(errors))
-
-
-def real_calls():
-    """One call of each op at the first stage of ConvNeXt-T, 16 images in bfloat16: (op, inputs, run)."""
-    from fastconv import ops, testing
-
-    for op in testing.CASES:
-        inputs = testing.make_inputs(testing.Case(op, (16, 56, 56, 96)), torch.bfloat16, "cuda")
-        function = getattr(ops, op)
-        yield op, inputs, lambda inputs=inputs, function=function: testing.run(function, inputs)
-
-
-def same(op: str, a: dict, b: dict) -> bool:
-    wrong = [name for name in a if not torch.equal(a[name], b[name])]
-    print(f"{op}: {'differs in ' + ', '.join(wrong) if wrong else 'equal bits'}")
-    return not wrong
-
-
-def repeat() -> int:
-    """Equal inputs give equal bits, twenty times."""
-    ok = True
-    for op, _, run in real_calls():
-        first = run()
-        ok &= all(same(op, first, run()) for _ in range(20))
-    return int(not ok)
-
-
-def stream() -> int:
-    """On a side stream whose input is still being written: a kernel on another stream would read what was there before."""
-    ok = []
-    for op, inputs, run in real_calls():
-        expected = run()
-        first = next(iter(inputs.tensors.values()))
-        source = first.clone()
-        side, busy = torch.cuda.Stream(), torch.randn(8192, 8192, device="cuda")
-        first.fill_(7)
-        torch.cuda.synchronize()
-        with torch.cuda.stream(side):
-            for _ in range(20):
-                busy @ busy
-            first.copy_(source)
-            actual = run()
-        side.synchronize()
-        ok.append(same(op, expected, actual))
-    return int(not all(ok))
-
-
-def graph() -> int:
-    """A forward captured into a CUDA graph, replayed on new numbers."""
-    from fastconv import ops
-
-    ok = []
-    for op, inputs, _ in real_calls():
-        with torch.no_grad():
-            call = functools.partial(getattr(ops, op), **inputs.tensors, **inputs.options)
-            call()  # compiles
-            captured = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(captured):
-                result = call()
-            next(iter(inputs.tensors.values())).mul_(-0.5)
-            captured.replay()
-            ok.append(same(op, {"out": call()}, {"out": result}))
-    return int(not all(ok))
-
-
-def run_stage(command: list, seconds: float, log) -> tuple[str, str]:
-    """(outcome, last lines): "green" for exit code 0, "red" otherwise, also when the time is over."""
+def run_step(command: list, seconds: float, log) -> tuple[str, str]:
+    """(outcome, last lines). Its processes end with it; one whose time is over is red."""
     log.write(f"\n$ {' '.join(map(str, command))}\n")
-    environment = {**os.environ, "FASTCONV_CPU": "1", "PYTHONUNBUFFERED": "1", "PIP_NO_INDEX": "1"}
     process = subprocess.Popen(
         [str(part) for part in command],
         cwd=ROOT,
-        env=environment,
+        env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -148,46 +103,79 @@ def run_stage(command: list, seconds: float, log) -> tuple[str, str]:
     )
     try:
         output, _ = process.communicate(timeout=seconds)
-        outcome = "green" if process.returncode == 0 else "red"
+        outcome = OUTCOMES.get(process.returncode, "red")
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         output, outcome = process.communicate()[0] + f"\nstopped after {seconds:.0f} s", "red"
     log.write(output)
+    log.flush()
     return outcome, "\n".join(collections.deque(output.strip().splitlines(), 25))
+
+
+def together(outcomes: list[str]) -> str:
+    return next((outcome for outcome in ("red", "recorded") if outcome in outcomes), "green")
+
+
+def table(record: dict) -> str:
+    lines = [f"{record['device']}, torch {record['torch']}, {record['date']}"]
+    for stage in record["stages"]:
+        lines.append(f"{stage['stage']:22}{stage['outcome']:9}{stage['seconds']:7.1f} s")
+        lines += [f"  {step['step']:20}{step['outcome']:9}{step['seconds']:7.1f} s" for step in stage["steps"]]
+    return "\n".join(lines) + "\n"
+
+
+def run_stages(names: list[str], out: pathlib.Path, record: dict) -> None:
+    """Fills record["stages"]; what is known so far is in `out` after every step."""
+    with open(out / "gpu_check.log", "w") as log, tempfile.TemporaryDirectory() as folder:
+        scratch = pathlib.Path(folder)
+        for name in names:
+            stage = {"stage": name, "outcome": "green", "seconds": 0.0, "steps": []}
+            record["stages"].append(stage)
+            begin = time.monotonic()
+            for step in [*(build_steps() if name == names[0] else ()), *steps_of(name, out, scratch)]:
+                start = time.monotonic()
+                left = min(step.seconds, begin + STAGE_S - start)
+                outcome, message = run_step(step.command, left, log) if left >= 5 or left == step.seconds else ("red", "no time was left")
+                seconds = round(time.monotonic() - start, 1)
+                stage["steps"].append({"step": step.name, "outcome": outcome, "seconds": seconds, "message": message})
+                stage["outcome"] = together([row["outcome"] for row in stage["steps"]])
+                stage["seconds"] = round(time.monotonic() - begin, 1)
+                for path in scratch.glob("*/benchmarks.json"):  # of a step that was stopped too
+                    shutil.move(path, out / f"{path.parent.name}.json")
+                print(f"--- {name}: {step.name}: {outcome}, {seconds} s\n{message}\n", flush=True)
+                (out / "gpu_check.json").write_text(json.dumps(record, indent=1) + "\n")
+                (out / "gpu_check.txt").write_text(table(record))
+
+
+def stage_names(text: str) -> list[str]:
+    names = [name for name in text.replace(" ", "").split(",") if name]
+    unknown = sorted(set(names) - set(STAGES))
+    if unknown or not names:
+        raise argparse.ArgumentTypeError(f"unknown stage {', '.join(unknown) or repr(text)}; use {', '.join(STAGES)}")
+    return [name for name in STAGES if name in names]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=pathlib.Path, default=ROOT / "out")
-    parser.add_argument("--stage", choices=("contract", "repeat", "stream", "graph"), help="run this one here, without a record")
+    parser.add_argument("--stage", type=stage_names, default=list(STAGES), metavar="NAME,...", help=f"of {', '.join(STAGES)}; default all")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         print(f"gpu-check: torch {torch.__version__} sees no CUDA device: nothing was checked", file=sys.stderr)
         return 2
-    if args.stage:
-        return {"contract": contract, "repeat": repeat, "stream": stream, "graph": graph}[args.stage]()
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     record = {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
+        "python": platform.python_version(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": f"make gpu-check OUT={args.out}",
+        "command": f"make gpu-check OUT={args.out} STAGE={','.join(args.stage)}",
         "stages": [],
     }
-    end = time.monotonic() + TOTAL_S
-    with open(out / "gpu_check.log", "w") as log:
-        for name, (limit, command) in stages(out).items():
-            start = time.monotonic()
-            left = min(limit, end - start)
-            outcome, tail = run_stage(command, left, log) if left >= min(limit, 5) else ("not run", "no time was left")
-            seconds = round(time.monotonic() - start, 1)
-            record["stages"].append({"stage": name, "outcome": outcome, "seconds": seconds, "message": tail})
-            print(f"--- {name}: {outcome}, {seconds} s\n{tail}\n", flush=True)
-            (out / "gpu_check.json").write_text(json.dumps(record, indent=1) + "\n")
-    for row in record["stages"]:
-        print(f"{row['stage']:14}{row['outcome']:9}{row['seconds']:7.1f} s")
-    return int(any(row["outcome"] != "green" for row in record["stages"]))
+    run_stages(args.stage, out, record)
+    print(table(record), end="")
+    return int(together([stage["outcome"] for stage in record["stages"]]) == "red")
 
 
 if __name__ == "__main__":

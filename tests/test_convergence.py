@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import os
 from typing import NamedTuple
 
 import pytest
@@ -13,6 +14,8 @@ from sklearn.datasets import load_digits
 import fastconv
 from fastconv.ops import ResidualScale, _registry
 
+DEVICE = os.environ.get("CONVERGENCE_DEVICE", "cpu")  # gpu-check runs this file again on a GPU, on each backend
+BACKEND = os.environ.get("CONVERGENCE_BACKEND", "cpu")
 STEPS, BATCH = 32, 16
 FACTOR = 10  # patched against control
 PERTURBATION = 1e-7  # relative, of every parameter of a control: about one rounding of float32
@@ -32,7 +35,7 @@ def digits():
     data = load_digits()
     images = torch.from_numpy(data.images).float()[:, None] / 16
     images = F.interpolate(images, size=32, mode="bilinear").expand(-1, 3, -1, -1)
-    return (images - 0.3).contiguous(), torch.from_numpy(data.target)
+    return (images - 0.3).contiguous().to(DEVICE), torch.from_numpy(data.target).to(DEVICE)
 
 
 @functools.cache
@@ -50,7 +53,7 @@ def initial_model():
                 p.add_(torch.empty_like(p).uniform_(-0.3, 0.3))
             elif "conv_dw" in name:
                 p.normal_(std=1 / 7)
-    return model
+    return model.to(DEVICE)
 
 
 def train(patched, seed=None):
@@ -60,11 +63,11 @@ def train(patched, seed=None):
         noise = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for p in model.parameters():
-                p.mul_(1 + PERTURBATION * torch.randn(p.shape, generator=noise))
+                p.mul_(1 + PERTURBATION * torch.randn(p.shape, generator=noise).to(DEVICE))
     if patched:
         assert fastconv.patch(model, strict=True).blocks == (5, 5)
     images, labels = digits()
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(1))[: STEPS * BATCH].view(STEPS, BATCH)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(1))[: STEPS * BATCH].view(STEPS, BATCH).to(DEVICE)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
     torch.manual_seed(2)  # stochastic depth
     losses = []
@@ -75,7 +78,7 @@ def train(patched, seed=None):
         optimizer.step()
         losses.append(loss.detach())
     if patched:
-        assert {s.backend for s in fastconv.report(model).fused} == {"cpu"}
+        assert {s.backend for s in fastconv.report(model).fused} == {BACKEND}
     return Run(torch.stack(losses), torch.nn.utils.parameters_to_vector(model.parameters()).detach())
 
 
@@ -97,10 +100,12 @@ def violations():
 
 
 @pytest.fixture(autouse=True)
-def deterministic(threads):
+def deterministic(threads, monkeypatch):
     threads(1)  # tiny tensors: more threads only wait for each other
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # its rounding would hide what is looked for
     torch.use_deterministic_algorithms(True)
-    yield
+    with fastconv.use_backend(BACKEND):
+        yield
     torch.use_deterministic_algorithms(False)
 
 

@@ -233,7 +233,7 @@ def test_on_a_torch_without_cuda_doctor_says_why():
 
 SETUP = """
 import os, runpy, setuptools
-setuptools.setup = lambda ext_modules, cmdclass: print(*(e.name for e in ext_modules), *dict(ext_modules[-1].define_macros).values())
+setuptools.setup = lambda ext_modules, cmdclass, **_: print(*(e.name for e in ext_modules), *dict(ext_modules[-1].define_macros).values())
 runpy.run_path("setup.py")
 """
 

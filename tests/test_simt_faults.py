@@ -45,6 +45,7 @@ FAULTS = {
     "no barrier in the reduction": Fault(
         "missing barrier", Bug(REDUCE, "sync_threads();", ""), "residual_scale:1:bfloat16", "values are not finite"
     ),
+    "no barrier in the reduction, as a race": race("missing barrier", Bug(REDUCE, "sync_threads();", ""), "residual_scale:7:bfloat16"),
     "no wait": Fault("missing wait", NO_WAIT, "depthwise_conv:1:bfloat16", "a thread exits with cp.async in flight"),
     "wait for all but one group": Fault(
         "missing wait",
@@ -102,8 +103,19 @@ def check(library, variant: str, order: str, *items: str) -> subprocess.Complete
     return subprocess.run(command, env=build.environment(variant), capture_output=True, text=True, timeout=600)
 
 
-@pytest.mark.parametrize("name", FAULTS)
-@pytest.mark.parametrize("order", ("forward", *(pytest.param(order, marks=pytest.mark.slow) for order in ORDERS[1:])))
+# In reverse the readers of the reduction run last and find every sum: there only TSan sees that the barrier is gone.
+IN_ORDER = {("reverse", "no barrier in the reduction")}
+
+
+@pytest.mark.parametrize(
+    ("order", "name"),
+    [
+        pytest.param(order, name, marks=() if order == "forward" else pytest.mark.slow)
+        for order in ORDERS
+        for name in FAULTS
+        if (order, name) not in IN_ORDER
+    ],
+)
 def test_a_seeded_bug_is_caught(name, order):
     fault = FAULTS[name]
     result = check(build.ops(fault.variant, (fault.bug,)), fault.variant, order, fault.item)

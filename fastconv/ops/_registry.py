@@ -117,7 +117,8 @@ def select(op: str, *tensors: torch.Tensor | None) -> Choice:
     if reason:
         return Choice("eager", reason)
     device, forced = tensors[0].device, _state["forced"]
-    if device.type == "cpu" and forced is None and not _library.cpu_missing and "cpu" in OPS[op]:  # the general case below, sooner
+    if device.type == "cpu" and forced is None and not _library.cpu_missing and ORDER["cpu"][0] == "cpu" and "cpu" in OPS[op]:
+        # what the general case below comes to, sooner
         return _NATIVE if _native_is_faster(op, tensors) else _CPU
     dtypes = tuple(t.dtype for t in tensors if t is not None)
     if forced is not None:

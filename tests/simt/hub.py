@@ -1,4 +1,4 @@
-"""Lets fastconv.ops run the simulated kernels: inside `simulated()` they are backend "cuda" for CPU tensors.
+"""Lets fastconv.ops run the simulated kernels: inside `simulated()` backend "cuda" can be forced on CPU tensors.
 
 The library registers its raw ops under the CPU dispatch key of a namespace of their own; above them everything is the
 real thing: hub, autograd.Function, patched models.
@@ -43,7 +43,7 @@ def load(path: pathlib.Path | None = None) -> Simulator:
 
 @contextlib.contextmanager
 def simulated(path: pathlib.Path | None = None):
-    """Inside: CPU tensors go to the simulated CUDA kernels, by automatic choice too. Yields the Simulator."""
+    """Inside: `use_backend("cuda")` runs the simulated kernels on CPU tensors. Yields the Simulator."""
     simulator = load(path)
     real = _registry.missing
 
@@ -52,16 +52,15 @@ def simulated(path: pathlib.Path | None = None):
             return real(op, backend, device, dtypes)
         return real(op, backend, "cuda", dtypes) if torch.float64 in dtypes else ""
 
-    before = dict(_registry.NAMESPACES), dict(_registry.ORDER), dict(OPS), _registry.missing
+    before = dict(_registry.NAMESPACES), dict(OPS)
     _registry.NAMESPACES["cuda"] = NAMESPACE
-    _registry.ORDER["cpu"] = ("cuda", "cpu")
     for op, backends in OPS.items():
         OPS[op] = (*backends, *(["cuda"] if "cuda" not in backends else []))
     _registry.missing = missing
     try:
         yield simulator
     finally:
-        for current, old in zip((_registry.NAMESPACES, _registry.ORDER, OPS), before):
+        for current, old in zip((_registry.NAMESPACES, OPS), before):
             current.clear()
             current.update(old)
-        _registry.missing = before[3]
+        _registry.missing = real

@@ -371,7 +371,8 @@ PROBE int probe_widths(void* in, void* out) {
   return launch(widths_kernel, 1, kWarp, 0, nullptr, static_cast<unsigned char*>(in), static_cast<unsigned char*>(out));
 }
 PROBE int probe_last_block(void* in, void* partial, void* ticket, void* out, int blocks) {
-  return launch(last_block_kernel, dim3(blocks), kWarp, 0, nullptr, FLOATS(in), FLOATS(partial), static_cast<unsigned*>(ticket), FLOATS(out));
+  unsigned* drawn = static_cast<unsigned*>(ticket);
+  return launch(last_block_kernel, dim3(blocks), kWarp, 0, nullptr, FLOATS(in), FLOATS(partial), drawn, FLOATS(out));
 }
 PROBE int probe_dynamic(void* in, void* out, int words) {
   return launch(dynamic_kernel, 1, 256, 4 * words, nullptr, static_cast<uint32_t*>(in), static_cast<uint32_t*>(out), words);
