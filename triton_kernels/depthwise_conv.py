@@ -18,7 +18,8 @@ def config(H: int, W: int, C: int, K: int) -> dict:
     registers. BLOCK_H need not be a power of two: H = 56, 28, 14 and 7 divide evenly.
     """
     BLOCK_C = block_c(C, 64)
-    rows = 8 if C % 16 == 0 else 4  # without wide loads each channel has its own address and mask in registers
+    # Without wide loads each channel has its own address and mask in registers; other K spill with 8 rows.
+    rows = 8 if C % 16 == 0 and K <= 7 else 4
     return {
         "K": K,
         "KH": K if K <= 7 else 1,  # rows of taps unrolled; all of them keep K weights a channel in registers
