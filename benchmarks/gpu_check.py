@@ -52,8 +52,9 @@ def steps_of(stage: str, out: pathlib.Path, scratch: pathlib.Path) -> list[Step]
     def pytest(*args) -> list:
         return [sys.executable, "-m", "pytest", *args]
 
-    def bench(name: str, seconds: int, *args: str) -> Step:
-        return Step(name, seconds, pytest(ROOT / "benchmarks", "--device", "cuda", "--out", scratch / name, "-k", *args))
+    def bench(name: str, seconds: int, backend: str, *args: str) -> Step:
+        command = pytest(ROOT / "benchmarks", "--device", "cuda", "--out", scratch / name, *args)
+        return Step(name, seconds, ["env", f"FASTCONV_BACKEND={backend}", *command])
 
     if stage == "probe":
         return [Step("probes", 240, module("probes"))]
@@ -70,22 +71,20 @@ def steps_of(stage: str, out: pathlib.Path, scratch: pathlib.Path) -> list[Step]
         return [Step("graph", 240, module("checks", "graph"))]
     demo = ["--device", "cuda", "--dtype", "bfloat16", "--batch-size", "128", "--steps", "32", "--output", out / "demo.png"]
     return [
-        bench("bench_norm", 160, "test_depthwise_conv_norm", "--seconds", "1"),
-        bench("bench_models", 200, "test_model", "--seconds", "0.5"),
-        bench("bench_others", 160, "(test_depthwise_conv or test_residual_scale) and not norm", "--seconds", "1"),
-        Step("demo", 90, [sys.executable, "-m", "fastconv.cli", "demo", *demo]),
+        bench("bench_cuda", 200, "cuda", "--seconds", "0.7", "-k", "not model and not linear"),
+        bench("bench_triton", 120, "triton", "--seconds", "0.7", "-k", "not model and not linear", "--no-compile"),
+        bench("bench_models", 180, "", "--seconds", "0.5", "-k", "test_model"),
+        Step("demo", 60, [sys.executable, "-m", "fastconv.cli", "demo", *demo]),
     ]
 
 
 def environment() -> dict[str, str]:
-    """Nothing that a user may have exported changes what is checked; PYTHONPATH may hold packages."""
+    """Nothing that a user may have exported changes what is checked, except for PYTHONPATH, which may hold packages."""
     kept = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET" and not k.startswith("FASTCONV_")}
-    paths = [str(ROOT / "tests"), *filter(None, [kept.get("PYTHONPATH")])]
-    return {
-        **kept,
-        **{"FASTCONV_CPU": "1", "FASTCONV_CUDA": "1", "PIP_NO_INDEX": "1", "PYTHONUNBUFFERED": "1"},
-        "PYTHONPATH": os.pathsep.join(paths),
-    }
+    kept |= {"FASTCONV_CPU": "1", "FASTCONV_CUDA": "1", "PIP_NO_INDEX": "1", "PYTHONUNBUFFERED": "1"}
+    for name, folder in (("PYTHONPATH", ROOT / "tests"), ("PATH", pathlib.Path(sys.executable).parent)):  # there lies ninja
+        kept[name] = os.pathsep.join([str(folder), *filter(None, [kept.get(name)])])
+    return kept
 
 
 def run_step(command: list, seconds: float, log) -> tuple[str, str]:

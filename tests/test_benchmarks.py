@@ -1,5 +1,6 @@
 """The benchmarks run, say what they measured, and measure nothing that is wrong."""
 
+import argparse
 import json
 import os
 import pathlib
@@ -13,8 +14,10 @@ import torch
 ROOT = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import gpu  # noqa: E402
 import gpu_check  # noqa: E402
 import interleaved  # noqa: E402
+from gpu import checks, sanitizer  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -144,42 +147,117 @@ def test_the_clock_measures():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what gpu-check says where there is no GPU")
-def test_gpu_check_without_a_gpu(tmp_path):
+@pytest.mark.parametrize(
+    ("stage", "message"),
+    (
+        ("", "sees no CUDA device: nothing was checked"),
+        ("STAGE=bench,probe", "sees no CUDA device: nothing was checked"),
+        ("STAGE=probe,prove", "unknown stage prove; use probe, test, sanitize, graph, bench"),
+    ),
+)
+def test_gpu_check_without_a_gpu(tmp_path, stage, message):
     out = tmp_path / "out"
-    result = subprocess.run(
-        ["make", "gpu-check", f"PYTHON={sys.executable}", f"OUT={out}"], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
+    command = ["make", "gpu-check", f"PYTHON={sys.executable}", f"OUT={out}", *([stage] if stage else [])]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert result.returncode != 0
-    assert "sees no CUDA device: nothing was checked" in result.stderr
+    assert message in result.stderr
     assert not out.exists()
 
 
-def test_gpu_check_records_each_stage(tmp_path, monkeypatch, capsys):
-    """One stage that fails or hangs is recorded and does not stop the next; the whole is red."""
+def test_gpu_check_stage_names():
+    assert gpu_check.stage_names("graph, test") == ["test", "graph"]  # in the order that they run in
+    for wrong in ("", ",", "prove", "probe,prove", "Probe"):
+        with pytest.raises(argparse.ArgumentTypeError, match="unknown stage"):
+            gpu_check.stage_names(wrong)
 
-    def python(code):
-        return [sys.executable, "-c", code]
 
-    stages = {
-        "good": (30, python("print('fine')")),
-        "bad": (30, python("import sys; sys.exit('broken kernel')")),
-        "hangs": (1, python("import time; print('began', flush=True); time.sleep(60)")),
-        "last": (30, python("print('still run')")),
-    }
-    monkeypatch.setattr(gpu_check, "stages", lambda out: stages)
+def test_gpu_check_steps_are_there(tmp_path):
+    """Every command names a check that exists; names of steps are results' names, and these are few."""
+    steps = [step for stage in gpu_check.STAGES for step in gpu_check.steps_of(stage, tmp_path / "out", tmp_path / "scratch")]
+    modules = [step.command[2:] for step in steps if step.command[1] == "-m" and step.command[2].startswith("gpu.")]
+    assert {args[1] for args in modules if args[0] == "gpu.checks"} == set(checks.CHECKS)
+    assert {args[1] for args in modules if args[0] == "gpu.sanitizer"} == set(sanitizer.PLANTED)
+    assert {args[0] for args in modules} == {"gpu.probes", "gpu.checks", "gpu.sanitizer"}
+    assert len({step.name for step in steps}) == len(steps) and all(step.seconds < gpu_check.STAGE_S for step in steps)
+    files = [arg for step in steps for arg in step.command if isinstance(arg, pathlib.Path) and tmp_path in arg.parents]
+    assert {path.name for path in files} == {"bench_cuda", "bench_triton", "bench_models", "demo.png"}
+    assert len(files) + len(("gpu_check.json", "gpu_check.log", "gpu_check.txt")) <= 8
+    assert gpu_check.RECORDED == gpu.RECORDED
+
+
+def python(code):
+    return [sys.executable, "-c", code]
+
+
+GOOD = gpu_check.Step("good", 30, python("print('fine')"))
+BAD = gpu_check.Step("bad", 30, python("import sys; sys.exit('broken kernel')"))
+HANGS = gpu_check.Step("hangs", 1, python("import time; print('began', flush=True); time.sleep(60)"))
+UNTRIED = gpu_check.Step("untried", 30, python(f"import sys; print('no such tool'); sys.exit({gpu_check.RECORDED})"))
+LAST = gpu_check.Step("last", 30, python("print('still run')"))
+
+
+@pytest.fixture
+def gpu_check_of(tmp_path, monkeypatch):
+    """gpu_check.main() on these steps of stages; returns its exit status and gpu_check.json."""
     monkeypatch.setattr(gpu_check.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(gpu_check.torch.cuda, "get_device_name", lambda: "a GPU")
-    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--out", str(tmp_path)])
+    monkeypatch.setattr(gpu_check, "build_steps", lambda: [GOOD._replace(name="build")])
+
+    def call(stages, *args):
+        monkeypatch.setattr(
+            gpu_check, "steps_of", lambda stage, out, scratch: stages(scratch) if callable(stages) else stages.get(stage, [GOOD])
+        )
+        monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--out", str(tmp_path), *args])
+        return gpu_check.main(), json.loads((tmp_path / "gpu_check.json").read_text())
+
+    return call
+
+
+def test_gpu_check_records_each_step(tmp_path, capsys, gpu_check_of):
+    """One step that fails or hangs is recorded and stops neither the next nor the next stage; the whole is red."""
     start = time.monotonic()
-    assert gpu_check.main() == 1
+    status, record = gpu_check_of({"test": [GOOD, BAD, HANGS, LAST], "graph": [UNTRIED]}, "--stage", "graph,test,probe")
+    assert status == 1
     assert time.monotonic() - start < 20
-    record = json.loads((tmp_path / "gpu_check.json").read_text())
-    assert [row["outcome"] for row in record["stages"]] == ["green", "red", "red", "green"]
-    assert "broken kernel" in record["stages"][1]["message"]
-    assert "began" in record["stages"][2]["message"] and "stopped after 1 s" in record["stages"][2]["message"]
+    assert record["command"].endswith("STAGE=probe,test,graph")
+    probe, test, graph = record["stages"]
+    assert [(s["stage"], s["outcome"]) for s in record["stages"]] == [("probe", "green"), ("test", "red"), ("graph", "recorded")]
+    assert [row["step"] for row in probe["steps"]] == ["build", "good"]  # built once, before all
+    assert [row["outcome"] for row in test["steps"]] == ["green", "red", "red", "green"]
+    assert "broken kernel" in test["steps"][1]["message"]
+    assert "began" in test["steps"][2]["message"] and "stopped after 1 s" in test["steps"][2]["message"]
+    assert graph["steps"][0]["message"] == "no such tool"
     assert "still run" in capsys.readouterr().out and "broken kernel" in (tmp_path / "gpu_check.log").read_text()
-    monkeypatch.setattr(gpu_check, "stages", lambda out: {"good": stages["good"]})
-    assert gpu_check.main() == 0
+    assert "  hangs               red" in (tmp_path / "gpu_check.txt").read_text()
+
+
+def test_gpu_check_is_red_only_where_something_is(gpu_check_of):
+    assert gpu_check_of({}, "--stage", "probe")[0] == 0
+    status, record = gpu_check_of({"sanitize": [UNTRIED, GOOD]}, "--stage", "sanitize")
+    assert status == 0 and record["stages"][0]["outcome"] == "recorded"
+    status, record = gpu_check_of({stage: [UNTRIED] for stage in gpu_check.STAGES[1:]})
+    assert status == 0 and [s["stage"] for s in record["stages"]] == list(gpu_check.STAGES)
+
+
+def test_gpu_check_stage_ends_in_its_time(monkeypatch, gpu_check_of):
+    monkeypatch.setattr(gpu_check, "STAGE_S", 6)
+    slow = GOOD._replace(command=python("import time; time.sleep(60)"))
+    status, record = gpu_check_of({"test": [slow, GOOD]}, "--stage", "test,graph")
+    test, graph = record["stages"]
+    assert status == 1 and test["seconds"] < 12
+    assert [row["outcome"] for row in test["steps"]] == ["green", "red", "red"]
+    assert test["steps"][2]["message"] == "no time was left"
+    assert graph["outcome"] == "green"  # a stage has its own time
+
+
+def test_gpu_check_takes_what_a_failed_benchmark_measured(tmp_path, gpu_check_of):
+    code = "import pathlib, sys; p = pathlib.Path(sys.argv[1]); p.mkdir(); (p / 'benchmarks.json').write_text('[1]'); sys.exit(1)"
+
+    def stages(scratch):
+        return [gpu_check.Step("bench_x", 30, [*python(code), scratch / "bench_x"]), GOOD]
+
+    assert gpu_check_of(stages, "--stage", "bench")[0] == 1
+    assert (tmp_path / "bench_x.json").read_text() == "[1]"
 
 
 def test_gpu_check_stage_ends_with_its_children(tmp_path):
@@ -187,7 +265,7 @@ def test_gpu_check_stage_ends_with_its_children(tmp_path):
     child = f"import time\nwhile True:\n    open({str(beats)!r}, 'a').write('x')\n    time.sleep(0.02)"
     code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
     with open(tmp_path / "log", "w") as log:
-        outcome, _ = gpu_check.run_stage([sys.executable, "-c", code], 3, log)
+        outcome, _ = gpu_check.run_step([sys.executable, "-c", code], 3, log)
     assert outcome == "red"
     count = beats.stat().st_size
     assert count > 0

@@ -135,7 +135,7 @@ def test_the_base_needs_torch_alone(plain_wheel):
     base = [line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
     assert base == ["torch>=2.11"]
     assert {"cli", "demo", "bench", "test"} <= set(metadata.get_all("Provides-Extra"))
-    assert metadata["License-Expression"] == "Apache-2.0" and metadata["Requires-Python"] == ">=3.10"
+    assert metadata["License"] == "Apache-2.0" and metadata["Requires-Python"] == ">=3.10"
     assert metadata.get_payload().startswith("# fastconv")
 
 

@@ -54,7 +54,7 @@ def contract_calls(device: str, backends: tuple[str, ...]) -> Iterator[Call]:
     """Every case of every op in every dtype, empty batches among them; then NaN and Inf in every tensor."""
     for op, backend in itertools.product(CASES, backends):
         yield from ((check_op, (c, d, backend, device)) for c in CASES[op] for d in DTYPES if d in c.dtypes)
-        for K, dtype in itertools.product((5, 7, 9), (torch.bfloat16, torch.float32)):
+        for K, dtype in itertools.product((7,) if op == "residual_scale" else (5, 7, 9), (torch.bfloat16, torch.float32)):
             case = Case(op, (2, 9, 11, 20), K=K)
             inputs = make_inputs(case, dtype)
             names = [name for name in (*inputs.tensors, "dout") if name not in inputs.constant]
@@ -245,7 +245,8 @@ def replays(label: str, call: Callable[[], dict], inputs: list[torch.Tensor], to
     wrong = []
     for where, on in (("current stream", torch.cuda.current_stream()), ("side stream", other)):
         for t in result.values():
-            t.fill_(float("nan"))
+            if all(t.data_ptr() != given.data_ptr() for given in inputs):  # the gradient of a sum is the one that came in
+                t.fill_(float("nan"))
         torch.cuda.synchronize()
         with torch.cuda.stream(on):
             graph.replay()
@@ -265,7 +266,7 @@ def graph() -> int:
         model = random_model("convnext_tiny").to("cuda", dtype, memory_format=torch.channels_last)
         fastconv.patch(model, strict=True)
         block = model.stages[0].blocks[0]
-        x, direction = (torch.randn(BATCH, 96, 56, 56, device="cuda", dtype=dtype).to(memory_format=torch.channels_last) for _ in "xd")
+        x, direction = (torch.randn(BATCH, 96, 56, 56, device="cuda", dtype=dtype).to(memory_format=torch.channels_last) for _ in range(2))
         names, leaves = zip(("x", x.requires_grad_()), *block.named_parameters())
 
         def call(block=block, x=x, direction=direction, names=names, leaves=leaves, backend=backend):

@@ -180,7 +180,7 @@ def conversions(run: Machine) -> dict[str, Seen]:
     bits, back = full(2, n, dtype=torch.int16), full(3, n)
     run("conversions", x, bits, back, n)
     partner = x[torch.randperm(n)]
-    pairs, out = full(2, n, dtype=torch.int32), full(3, n)
+    pairs, out = full(3, n, dtype=torch.int32), full(3, n)
     run("arithmetic", x, partner, pairs, out, n)
     wide = full(2, 1 << 16)
     run("widen", wide)
@@ -193,6 +193,7 @@ def conversions(run: Machine) -> dict[str, Seen]:
         "float to tf32": Seen(back[2]),
         "two floats to bf16": Seen(pairs[0].view(torch.bfloat16)),
         "two floats to fp16": Seen(pairs[1].view(torch.float16)),
+        "float_bits": Seen(pairs[2]),
         "bf16 to float": Seen(wide[0]),
         "fp16 to float": Seen(wide[1]),
         "rsqrt": Seen(out[0][~special], ulps=3),  # 2 of the hardware's, 1 of a division after a root

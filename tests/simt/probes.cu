@@ -248,12 +248,13 @@ __global__ void widen_kernel(float* out) {
     store_global(out + (1 << 16) + i, to_float(fp16{static_cast<uint16_t>(i)}));
   }
 }
-// Of a and b: both in bfloat16, both in float16; a's inverse root, its root, and a b + a in one rounding.
+// Of a and b: both in bfloat16, both in float16; a's bits, its inverse root, its root, and a b + a in one rounding.
 __global__ void arithmetic_kernel(const float* a, const float* b, uint32_t* pairs, float* out, int n) {
   for (int i = threadIdx.x; i < n; i += kWarp) {
     const float v = load_global<float>(a + i), w = load_global<float>(b + i);
     store_global(pairs + i, from_floats<bf16>(v, w));
     store_global(pairs + n + i, from_floats<fp16>(v, w));
+    store_global(pairs + 2 * n + i, float_bits(v));
     store_global(out + i, rsqrt(v));
     store_global(out + n + i, sqrtf(v));
     store_global(out + 2 * n + i, fmaf(v, w, v));
