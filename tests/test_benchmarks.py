@@ -86,7 +86,9 @@ def test_models_end_to_end(tmp_path):
 def test_with_compile(tmp_path):
     result, record = bench(tmp_path, "--model", "timm:convnext_atto")
     assert result.returncode == 0, result.stdout + result.stderr
-    for case in {r["case"] for r in record["rows"]}:
+    cases = {r["case"] for r in record["rows"] if r.get("op") != "linear"}  # two of torch's own kernels, with nothing to compile
+    assert len(cases) >= 5
+    for case in cases:
         assert {"compile", "ours + compile"} <= {r["entrant"] for r in record["rows"] if r["case"] == case}
 
 
