@@ -109,9 +109,6 @@ constexpr int64_t norm_bwd_slices(const ConvShape& s) {
 }
 constexpr int64_t norm_bwd_floats(const ConvShape& s) { return norm_bwd_slices(s) * 2 * s.C; }
 
-// The norm is a second kernel, which reads z.
-constexpr bool conv_norm_writes_z(const ConvShape&) { return true; }
-
 // Floating-point operations: a multiply-add counts as two. The norm: 8 an element forward, 14 backward.
 constexpr int64_t conv_flops(const ConvShape& s) { return 2 * s.elements() * s.K * s.K; }
 constexpr int64_t conv_norm_flops(const ConvShape& s) { return conv_flops(s) + 8 * s.elements(); }

@@ -25,18 +25,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> depthwise_conv_norm_fwd(
 
   const Place place(x);
   const std::vector<int64_t> none{0}, full{N, H, W, C}, rows{N, H, W};
-  Tensor y = empty(x, full, out_dtype), nothing = empty(x, none, z_dtype);
-  Tensor z = save || conv_norm_writes_z(shape) ? empty(x, full, z_dtype) : nothing;
+  Tensor y = empty(x, full, out_dtype), z = empty(x, full, z_dtype);
   Tensor mean = empty(x, save ? rows : none, ScalarType::Float), rstd = empty(x, save ? rows : none, ScalarType::Float);
   p.y = mutable_array(y);
-  if (z.numel() > 0) p.conv.y = mutable_array(z);
-  else p.conv.y.dtype = dtype_of(z_dtype);
+  p.conv.y = mutable_array(z);
   if (save) {
     p.mean = float_data(mean);
     p.rstd = float_data(rstd);
   }
   if (shape.elements() > 0) check_launch(kOp, "forward", depthwise_conv_norm_fwd_launch(p, place.stream()));
-  return {y, save ? z : nothing, mean, rstd};
+  return {y, save ? z : empty(x, none, z_dtype), mean, rstd};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> depthwise_conv_norm_bwd(

@@ -6,7 +6,7 @@
 namespace fastconv::cuda {
 
 struct ConvNormForwardParams {
-  ConvForwardParams conv;        // conv.y is z; without data where it is neither kept nor conv_norm_writes_z(shape)
+  ConvForwardParams conv;        // conv.y is z, which the norm, a kernel of its own, reads
   Array norm_weight, norm_bias;  // [C]
   float eps;
   MutableArray y;                // [N, H, W, C]
