@@ -59,7 +59,7 @@ def demo(
     data: Annotated[Path | None, typer.Option(help="a folder with one folder of images a class; default: scikit-learn's digits")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     dtype: Annotated[str, typer.Option(help="float32, or bfloat16 or float16 by autocast")] = "float32",
-    batch_size: Annotated[int, typer.Option(help="images a step, an even number")] = 8,
+    batch_size: Annotated[int, typer.Option(help="images a step, an even number")] = 16,
     steps: Annotated[int, typer.Option(help="training steps of each run")] = 48,
     image_size: Annotated[int, typer.Option(help="height and width of the images")] = 64,
     seed: Annotated[int, typer.Option(help="of weights, batches and stochastic depth")] = 0,

@@ -26,7 +26,7 @@ class Options:
     data: Path | None = None
     device: str = "cpu"
     dtype: str = "float32"
-    batch_size: int = 8
+    batch_size: int = 16
     steps: int = 48
     image_size: int = 64
     seed: int = 0
