@@ -60,3 +60,10 @@ def first_order_only(op: str):
 def needs_grad(*tensors: torch.Tensor | None) -> bool:
     """Whether autograd will want a backward of an op on these tensors."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def constant_when_traced(function):
+    """Have torch.compile call `function` while it traces and keep the result: torch.compiler.assume_constant_result, which
+    sets this attribute, imports the whole compiler first, ten times the time that `import fastconv` takes without it."""
+    function._dynamo_marked_constant = True
+    return function

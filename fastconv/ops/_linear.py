@@ -11,6 +11,8 @@ import importlib.util
 import torch
 import torch.nn.functional as F
 
+from ._function import constant_when_traced
+
 
 def _prefers_convolution() -> bool:
     if importlib.util.find_spec("fastconv._C") is None or not torch.backends.mkl.is_available():
@@ -29,12 +31,12 @@ MIN_PRODUCTS = 2**23  # rows x in_features x out_features
 MIN_ELEMENTS = 20_480  # below it, or on one thread, torch computes a 1x1 convolution by MKL too
 
 
-@torch.compiler.assume_constant_result
+@constant_when_traced
 def _threads() -> int:
     return torch.get_num_threads()
 
 
-@torch.compiler.assume_constant_result
+@constant_when_traced
 def _full_precision() -> bool:
     """Whether float32 means float32 to both kernels: each has its own switch for less."""
     mkldnn = torch.backends.mkldnn

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..ops import Choice, depthwise_conv_norm, is_disabled, residual_scale, select
+from ..ops._function import constant_when_traced
 from ..ops._linear import as_convolution, convolution_is_faster
 from ..ops._registry import ORDER, REROUTED, switched_off
 from ._analysis import BlockLayout, Unsupported, read_block
@@ -77,7 +78,7 @@ class FastBlock(FastModule):
         return _fused_tail(self, layout, x, y) if tail else _plain_tail(self, layout, x, y)
 
 
-@torch.compiler.assume_constant_result
+@constant_when_traced
 def _exporting() -> bool:
     """torch.compiler.is_exporting() as it is: where torch 2.11 compiles, it stands for True."""
     return torch.compiler.is_exporting()
