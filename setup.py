@@ -27,6 +27,7 @@ COMPILE_ARGS = [
 CPU_SOURCES = [
     *("ops", "depthwise_conv", "depthwise_conv_norm", "residual_scale"),
     *("kernels_default", "kernels_avx2", "kernels_avx512"),
+    "squeeze_excite",
 ]
 CUDA_BUILD = "build/cuda"  # not a temporary folder of pip's: objects are reused
 CUDA_LIBRARY = "_ops_cuda.so"

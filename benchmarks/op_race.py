@@ -13,7 +13,12 @@ STAGES = ((56, 96), (28, 192), (14, 384), (7, 768))
 SMOKE = ((6, 16),)
 PASSES = ("inference", "forward", "backward")
 # Where an NCHW model holds its tensors as NCHW: the rest of a block works on the permuted, channels-last result.
-NCHW = {"depthwise_conv": ("x", "dout"), "depthwise_conv_norm": ("x",), "residual_scale": ("shortcut", "dout")}
+NCHW = {
+    "depthwise_conv": ("x", "dout"),
+    "depthwise_conv_norm": ("x",),
+    "residual_scale": ("shortcut", "dout"),
+    "squeeze_excite": ("x", "dout"),
+}
 
 
 def as_nchw(tensor: torch.Tensor) -> torch.Tensor:
@@ -66,7 +71,7 @@ def floors(case: testing.Case, dtype: torch.dtype, bandwidth: float) -> dict[str
     except ImportError:
         return {}
     size = dtype.itemsize
-    args = (torch.Size(case.shape).numel(), size) if case.op == "residual_scale" else (*case.shape, case.K, size)
+    args = (torch.Size(case.shape).numel(), size) if case.op in ("residual_scale", "squeeze_excite") else (*case.shape, case.K, size)
     forward, backward = getattr(_C, f"{case.op}_bytes"), getattr(_C, f"{case.op}_bwd_bytes")
     inference = getattr(_C, f"{case.op}_infer_bytes", forward)
     return {name: 1e3 * count(*args) / bandwidth for name, count in zip(PASSES, (inference, forward, backward))}

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from . import _testing_squeeze_excite as squeeze_excite
 from . import ops
 from .ops._registry import FLOAT_DTYPES, NAMESPACES, hub, select, use_backend
 
@@ -37,6 +38,8 @@ class Case(NamedTuple):
     scale: float = 1.0  # standard deviation of the first argument
     offset: float = 0.0  # added to bias: a mean far from zero
     dtypes: tuple[torch.dtype, ...] = FLOAT_DTYPES
+    reduced: int = 6  # squeeze_excite: width between the layers
+    options: tuple[tuple[str, str], ...] = ()  # further keyword arguments of the op
 
     @property
     def C(self) -> int:
@@ -44,7 +47,9 @@ class Case(NamedTuple):
 
     def __str__(self) -> str:
         parts = ["x".join(map(str, self.shape))]
-        if self.op != "residual_scale":
+        if self.op == "squeeze_excite":
+            parts.append(f"r{self.reduced}")
+        elif self.op != "residual_scale":
             parts.append(f"k{self.K}")
         elif self.mask != "image":
             parts.append(f"mask_{self.mask}")
@@ -55,6 +60,7 @@ class Case(NamedTuple):
             parts.append(f"scale{self.scale:g}")
         if self.offset:
             parts.append(f"offset{self.offset:g}")
+        parts += [value for _, value in self.options]
         return "-".join(parts)
 
 
@@ -134,6 +140,7 @@ CASES: dict[str, list[Case]] = {
     "depthwise_conv": _conv_cases("depthwise_conv"),
     "depthwise_conv_norm": _conv_cases("depthwise_conv_norm"),
     "residual_scale": _residual_scale_cases(),
+    "squeeze_excite": squeeze_excite.cases(Case),
 }
 
 
@@ -158,6 +165,9 @@ def make_inputs(case: Case, dtype: torch.dtype, device="cpu", seed: int = 0) -> 
             tensors["mask"][0] = 0  # a dropped image
         out_dtype = hub(case.op).out_dtype(**tensors)
         return Inputs(tensors, {}, randn("dout", *case.shape).to(out_dtype), constant=("mask",))
+    if case.op == "squeeze_excite":
+        tensors, options, dout = squeeze_excite.inputs(case, dtype, randn)
+        return Inputs(tensors, options, dout)
     C, K = case.C, case.K
     tensors = {
         "x": randn("x", *case.shape, std=case.scale),
@@ -173,7 +183,7 @@ def make_inputs(case: Case, dtype: torch.dtype, device="cpu", seed: int = 0) -> 
 
 
 def _dtype_of(case: Case, name: str, dtype: torch.dtype) -> torch.dtype:
-    wide = name in case.wide or (name == "bias" and "weight" in case.wide)
+    wide = name in case.wide or (name == "bias" and "weight" in case.wide) or name.replace("b", "w") in case.wide
     return torch.float32 if wide and dtype != torch.float64 else dtype
 
 
@@ -194,7 +204,7 @@ def truth_of(op: str, inputs: Inputs) -> dict[str, torch.Tensor | None]:
     return run(hub(op).reference, Inputs(tensors, options, inputs.dout.cpu().double(), inputs.constant))
 
 
-def formula(op: str, first: torch.Tensor, *args, eps: float = 1e-6) -> torch.Tensor:
+def formula(op: str, first: torch.Tensor, *args, eps: float = 1e-6, **options) -> torch.Tensor:
     """An op from its formula: no convolution or norm of PyTorch. The truth where values are not finite.
 
     A tap adds the pixels of the map that it meets and nothing for padding, where `reference` may multiply an Inf by a zero:
@@ -203,6 +213,8 @@ def formula(op: str, first: torch.Tensor, *args, eps: float = 1e-6) -> torch.Ten
     if op == "residual_scale":
         y, gamma, mask = args
         return torch.stack([s + m * (gamma * image) for s, image, m in zip(first, y, mask.flatten())])
+    if op == "squeeze_excite":
+        return squeeze_excite.formula(first, *args, **options)
     weight, bias, *norm = args
     (H, W, C), K = first.shape[1:], weight.shape[-1]
     z = bias.expand(first.shape)
@@ -291,6 +303,8 @@ def faults(case: Case, inputs: Inputs, truth: dict[str, torch.Tensor]) -> Iterat
     tensors = dict(inputs.tensors)
     if case.op == "residual_scale":
         moved = [("gamma", (0,), ("out", "dy")), ("mask", (0,), ("out", "dy", "dgamma"))]
+    elif case.op == "squeeze_excite":
+        moved = [("w1", (1,), ("out", "dx", "dw2")), ("w2", (0,), ("out", "dx", "dw1"))]
     else:
         affected = ("out", "dx") if case.op == "depthwise_conv" else truth.keys() - {"dweight", "dbias", "dnorm_bias"}
         moved = [("weight", (2, 3), affected)]
@@ -338,6 +352,8 @@ def check_not_finite(case: Case, dtype: torch.dtype, backend: str, name: str, va
     if name == "weight":
         h, w = (0, 0) if border else (case.K // 2 - 1, case.K // 2 + 1)
         tensor[case.C // 2, 0, h, w] = value
+    elif tensor.dim() == 2 or name == "b1":
+        tensor.view(-1)[0 if border else tensor.numel() // 2] = value
     elif tensor.dim() == 4:
         h, w = (0, -1) if border else (case.shape[1] // 2, case.shape[2] // 2)
         tensor[-1, h, w, case.C // 2] = value
@@ -346,7 +362,8 @@ def check_not_finite(case: Case, dtype: torch.dtype, backend: str, name: str, va
     doubles = {n: t.cpu().double() for n, t in inputs.tensors.items()}
     truth = run(lambda **t: formula(case.op, *t.values()), Inputs(doubles, {}, inputs.dout.cpu().double(), inputs.constant))
     reached = any(not torch.isfinite(t).all() for t in truth.values())
-    assert reached or (name == "weight" and border), "nothing to see"  # small maps do not meet the corner of the filter
+    # Small maps do not meet the corner of the filter, and an infinite bias shuts or opens a gate.
+    assert reached or (name == "weight" and border) or name == "b2", "nothing to see"
     with use_backend(backend), poisoned():
         assert select(case.op, *inputs.tensors.values()).backend == backend
         actual = run(getattr(ops, case.op), inputs)

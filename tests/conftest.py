@@ -37,3 +37,4 @@ def any_processor(monkeypatch):
     """
     monkeypatch.setattr("fastconv.ops._linear.PREFERS_CONVOLUTION", False)
     monkeypatch.setitem(_registry.MIN_CPU_ELEMENTS, "residual_scale", 0)
+    monkeypatch.setitem(_registry.MIN_CPU_ELEMENTS, "squeeze_excite", 0)

@@ -13,6 +13,7 @@ GRADIENTS = {
     "depthwise_conv": ("x", "weight", "bias"),
     "depthwise_conv_norm": ("x", "weight", "bias", "norm_weight", "norm_bias"),
     "residual_scale": ("shortcut", "y", "gamma"),
+    "squeeze_excite": ("x", "w1", "b1", "w2", "b2"),
 }
 every_op = pytest.mark.parametrize("op", sorted(OPS))
 half_and_float = pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)

@@ -19,7 +19,7 @@ from fastconv.ops._registry import OPS
 from fastconv.testing import CASES, check_op
 
 CSRC = pathlib.Path(__file__).parent.parent / "csrc"
-GLUE = ("ops", "depthwise_conv", "depthwise_conv_norm", "residual_scale")
+GLUE = ("ops", "depthwise_conv", "depthwise_conv_norm", "residual_scale", "squeeze_excite")
 KERNELS = ("kernels_default",)
 COMPILER = os.environ.get("CXX", "c++").split()
 FLAGS = ["-O0", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno", "-Wno-psabi"]
@@ -68,14 +68,25 @@ MUTANTS = {
         "glue.h",
         "slice < slices; ++slice)\n        for",
         "slice + 1 < slices; ++slice)\n        for",
-        tuple(sorted(OPS)),
+        tuple(sorted({*OPS} - {"squeeze_excite"})),  # which adds up its own
     ),
     "mask forgotten": (TAIL, "load_lanes<A>(y + row + c, lanes) * mask;", "load_lanes<A>(y + row + c, lanes);", ("residual_scale",)),
     "mask forgotten in dgamma": (TAIL, "+ sum * mask, lanes)", "+ sum, lanes)", ("residual_scale",)),
     "dgamma of the last chunk alone": (TAIL, "load_lanes<A>(dgamma + c, lanes) + sum * mask", "sum * mask", ("residual_scale",)),
     "half stores truncate": ("vec.h", "(bits + 0x7FFF + ((bits >> 16) & 1)) >> 16", "bits >> 16", ("rounding",)),
 }
+GATE, LAYER = "squeeze_excite_kernel.h", "layer_kernel.h"
+MUTANTS |= {
+    "pixels of the last rows lost": (GATE, "for (; i < count; ++i) add_rows", "for (; i < 0; ++i) add_rows", ("squeeze_excite",)),
+    "one chunk of a plane": (GATE, "i < L; i += kPlaneRun", "i < kPlaneRun; i += kPlaneRun", ("squeeze_excite",)),
+    "lanes of a layer mixed up": ("vec.h", "I % kHalf + kHalf)...)", "I % kHalf)...)", ("squeeze_excite",)),
+    "a layer's last inputs lost": (LAYER, "if (full < K) {", "if (full > K) {", ("squeeze_excite",)),
+    "derivative of the act lost": (LAYER, "if (p.gradient_at) v = ", "if (p.gradient_at) ", ("squeeze_excite",)),
+    "gate of another image": (GATE, "factor + n * C", "factor", ("squeeze_excite",)),
+}
 QUICK = (
+    "one chunk of a plane",
+    "derivative of the act lost",
     "forward taps mirrored",
     "halo rows missing",
     "H and W swapped",

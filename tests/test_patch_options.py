@@ -27,7 +27,7 @@ def test_import_touches_nothing():
 
 
 def test_unknown_op_lists_the_known():
-    with pytest.raises(ValueError, match="depthwise_conv_norm, residual_scale, linear, got 'batch_norm'"):
+    with pytest.raises(ValueError, match="depthwise_conv_norm, residual_scale, linear, squeeze_excite, got 'batch_norm'"):
         fastconv.patch(make(), ops=["residual_scale", "batch_norm"])
 
 
@@ -124,7 +124,7 @@ def test_recognised_families_that_compute_something_else():
     for name, reason in (("csatv2", "is used twice"), ("rdnet_tiny", "does not end in a residual sum")):
         with torch.device("meta"):
             model = timm.create_model(name)
-        report = fastconv.patch(model)
+        report = fastconv.patch(model, ops=OPS)
         assert report.declined and not report.fused, name
         assert all(reason in s.reason for s in report.declined)
         assert not fast_blocks(model)

@@ -11,16 +11,16 @@ import pytest
 import torch
 from simt import build
 from simt.control import ORDERS
-from simt.hub import NAMESPACE, load, simulated
+from simt.hub import CUDA_OPS, NAMESPACE, load, simulated
 
 import fastconv
 from fastconv import ops, use_backend
 from fastconv.models.convnext import ConvNeXt
-from fastconv.ops._registry import OPS, hub, select
+from fastconv.ops._registry import hub, select
 from fastconv.testing import CASES, Case, RawCalls, check_op, make_inputs, poisoned, run
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-every_op = pytest.mark.parametrize("op", sorted(OPS))
+every_op = pytest.mark.parametrize("op", CUDA_OPS)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 every_order = pytest.mark.parametrize("order", ORDERS)
 
@@ -51,7 +51,7 @@ def same_bits(left: dict, right: dict) -> None:
 
 
 @every_order
-@pytest.mark.parametrize("case", [c for op in sorted(OPS) for c in CASES[op]], ids=lambda case: f"{case.op}-{case}")
+@pytest.mark.parametrize("case", [c for op in CUDA_OPS for c in CASES[op]], ids=lambda case: f"{case.op}-{case}")
 def test_values_and_gradients(case, order):
     with simulated() as simulator, simulator.settings(order=order):
         for dtype in DTYPES:
@@ -182,7 +182,7 @@ def chosen(largest: int) -> list[str]:
     names = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
     return [
         f"{op}:{i}:{names[i % 3]}"
-        for op in sorted(OPS)
+        for op in CUDA_OPS
         for i, case in enumerate(CASES[op])
         if 0 < math.prod(case.shape) <= largest and DTYPES[i % 3] in case.dtypes
     ]
@@ -205,6 +205,6 @@ def check_in_process(variant: str, order: str, cases: list[str]) -> subprocess.C
 @pytest.mark.timeout(1800)
 def test_sanitizers_find_nothing(variant, order, largest):
     cases = chosen(largest)
-    assert len(cases) >= 20 and {case.split(":")[0] for case in cases} == set(OPS)
+    assert len(cases) >= 20 and {case.split(":")[0] for case in cases} == set(CUDA_OPS)
     result = check_in_process(variant, order, cases)
     assert result.returncode == 0 and f"{len(cases)} cases hold" in result.stdout, result.stdout + result.stderr[-6000:]

@@ -15,7 +15,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent))  # under pytest's importl
 
 import fastconv.triton_kernels
 import triton_interpreter_fixes
-from fastconv.triton_kernels import _common, depthwise_conv, depthwise_conv_norm, residual_scale
+from fastconv.triton_kernels import _common, depthwise_conv, depthwise_conv_norm, residual_scale, squeeze_excite
 from op_helpers import GRADIENTS
 from triton.runtime import interpreter
 from triton.runtime.errors import InterpreterError
@@ -28,7 +28,7 @@ triton_interpreter_fixes.install()
 torch.set_num_threads(1)
 
 KERNELS = pathlib.Path(fastconv.triton_kernels.__file__).parent
-MODULES = (_common, depthwise_conv, depthwise_conv_norm, residual_scale)
+MODULES = (_common, depthwise_conv, depthwise_conv_norm, residual_scale, squeeze_excite)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 every_op = pytest.mark.parametrize("op", sorted(OPS))
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -39,6 +39,8 @@ def is_cheap(case: Case) -> bool:
     if case.op == "residual_scale":
         return True
     N, H, W, C = case.shape
+    if case.op == "squeeze_excite":
+        return N * H * W * C < 60_000
     return N * -(-H // 8) * -(-W // 8) * -(-C // 32) * case.K**2 * (4 if case.K > 7 else 1) < 200
 
 
@@ -198,15 +200,17 @@ def test_offsets_past_2_31(op, monkeypatch):
     big = corner._replace(tensors={n: grown(t) for n, t in corner.tensors.items()}, dout=grown(corner.dout))
     with use_backend("triton"):
         got = run(getattr(ops, op), big)
-    assert set(launched) >= {f"{op}_fwd_kernel", "residual_scale_bwd_kernel" if op == "residual_scale" else "depthwise_conv_wgrad_kernel"}
+    last = {"residual_scale": "residual_scale_bwd_kernel", "squeeze_excite": "squeeze_excite_sum_kernel"}
+    first = "squeeze_excite_scale_kernel" if op == "squeeze_excite" else f"{op}_fwd_kernel"
+    assert set(launched) >= {first, last.get(op, "depthwise_conv_wgrad_kernel")}
     for name in ("out", "dx", "dy"):
-        if name in got and op != "depthwise_conv_norm":
+        if name in got and op not in ("depthwise_conv_norm", "squeeze_excite"):  # those lean on sums over more than the corner
             assert torch.equal(got[name][0, -1, -1, -32:], expected[name][0, -1, -1, -32:]), name
 
 
 # Slices of several tiles each: see rows_per_slice.
-FEW = {"depthwise_conv": 10, "depthwise_conv_norm": 3, "residual_scale": 2}
-MUTATED = {op: small(op, 2, 90 if op == "residual_scale" else 9, 5, 4) for op in OPS}
+FEW = {"depthwise_conv": 10, "depthwise_conv_norm": 3, "residual_scale": 2, "squeeze_excite": 6}
+MUTATED = {op: small(op, 2, {"residual_scale": 90, "squeeze_excite": 300}.get(op, 9), 5, 4) for op in OPS}
 MUTANTS = [
     ("depthwise_conv", "depthwise_conv", "tap = (kh + i) * K + kw", "tap = (kh + i) * K + K - 1 - kw", "out"),
     ("depthwise_conv", "depthwise_conv", "tap = K * K - 1 - tap", "tap = tap", "dx"),
@@ -229,6 +233,10 @@ MUTANTS = [
     ("residual_scale", "residual_scale", "first + (row - first * L).to(tl.int32) // L", "first + (row * 0).to(tl.int32)", "out"),
     ("residual_scale", "residual_scale", "dgamma += grad", "dgamma = grad", "dgamma"),
     ("residual_scale", "_common", "(s0 + s < S)", "(s0 + s < S - 1)", "dgamma"),
+    ("squeeze_excite", "squeeze_excite", "acc += value", "acc = value", "out"),
+    ("squeeze_excite", "squeeze_excite", "(s0 + s < slices)", "(s0 + s < slices - 1)", "out"),
+    ("squeeze_excite", "squeeze_excite", "dy * ((1.0 - s) * s)", "dy * (1.0 - s)", "dx"),
+    ("squeeze_excite", "squeeze_excite", "value += tl.load(summand", "value = tl.load(summand", "dx"),
 ]
 
 

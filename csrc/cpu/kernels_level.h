@@ -19,6 +19,12 @@ namespace {
 
 #include "residual_scale_kernel.h"
 
+#include "functions.h"
+
+#include "layer_kernel.h"
+
+#include "squeeze_excite_kernel.h"
+
 // Picks the accumulation type.
 #define FC_SCRATCH(name, Params, dtype) \
   int64_t name(const Params& p) { return is_double(dtype) ? name##_as<double>(p) : name##_as<float>(p); }
@@ -34,6 +40,18 @@ FC_TASKS(backward, BackwardParams, p.dy.dtype)
 FC_SCRATCH(residual_scratch, ResidualParams, p.y.dtype)
 FC_TASKS(residual_forward, ResidualParams, p.y.dtype)
 FC_TASKS(residual_backward, ResidualParams, p.y.dtype)
+FC_SCRATCH(map_scratch, MapParams, p.x.dtype)
+FC_TASKS(map_sum, MapParams, p.x.dtype)
+FC_TASKS(map_apply, MapParams, p.x.dtype)
+#define FC_SMALL_TASKS(name, Params)                                  \
+  void name(const Params& p, int64_t begin, int64_t end) {            \
+    if (p.is_double) name##_as<double>(p, begin, end);                \
+    else name##_as<float>(p, begin, end);                             \
+  }
+FC_SMALL_TASKS(fold, FoldParams)
+FC_SMALL_TASKS(layer_forward, LayerParams)
+FC_SMALL_TASKS(layer_backward, LayerParams)
+FC_SMALL_TASKS(layer_weight, LayerParams)
 
 }  // namespace
 }  // namespace level_*
@@ -49,6 +67,13 @@ extern const Kernels FC_TABLE(FASTCONV_LEVEL) = {
     FC_NAMESPACE(FASTCONV_LEVEL)::residual_scratch,
     FC_NAMESPACE(FASTCONV_LEVEL)::residual_forward,
     FC_NAMESPACE(FASTCONV_LEVEL)::residual_backward,
+    FC_NAMESPACE(FASTCONV_LEVEL)::map_scratch,
+    FC_NAMESPACE(FASTCONV_LEVEL)::map_sum,
+    FC_NAMESPACE(FASTCONV_LEVEL)::map_apply,
+    FC_NAMESPACE(FASTCONV_LEVEL)::fold,
+    FC_NAMESPACE(FASTCONV_LEVEL)::layer_forward,
+    FC_NAMESPACE(FASTCONV_LEVEL)::layer_backward,
+    FC_NAMESPACE(FASTCONV_LEVEL)::layer_weight,
 };
 
 }  // namespace fastconv::cpu

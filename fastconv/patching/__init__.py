@@ -8,15 +8,17 @@ from dataclasses import replace
 from torch import nn
 
 from ..ops._registry import REROUTED
-from . import huggingface, official, timm, torchvision
-from ._block import OPS, BlockRule, FastBlock
+from . import _block, huggingface, official, squeeze_excite, timm, torchvision
 from ._module import FastModule, Plan, current_fast_class, fast_class, make_sites, patchable_class, rebased, sites_of
 from ._report import NOT_PATCHED, Report, Site, Warned, _sites
+from ._rule import Rule
 from ._verify import Verification, verify
 
 __all__ = ["Report", "Site", "Verification", "patch", "report", "unpatch", "verify"]
 
-RULES: tuple[BlockRule, ...] = (*timm.RULES, *torchvision.RULES, *huggingface.RULES, *official.RULES)  # the first that matches
+OPS = (*_block.OPS, squeeze_excite.OP)
+LIBRARIES = (timm, torchvision, huggingface, squeeze_excite, official)
+RULES: tuple[Rule, ...] = tuple(rule for library in LIBRARIES for rule in library.RULES)  # the first that matches
 
 
 def _requested(ops: str | Iterable[str]) -> frozenset[str]:
@@ -38,7 +40,7 @@ def patch(
 
     Args:
         model: any module. Patch again in every process that unpickles the model: a saved model is a plain one.
-        ops: "auto" for all, or names ("depthwise_conv_norm", "residual_scale"). A later call decides anew for the blocks
+        ops: "auto" for all, or names ("depthwise_conv_norm", "residual_scale", "squeeze_excite"). A later call decides anew for the blocks
             that it covers.
         strict: raise RuntimeError, changing nothing, where a block that fastconv recognises cannot be fused or none is
             recognised, and later where a call cannot be.
@@ -77,7 +79,7 @@ def patch(
         new = make_sites(name, module, rows, warned)
         sites += new.values()
         active = any(status == "fused" or op in REROUTED for op, status, _ in rows)
-        target = fast_class(FastBlock, Plan(base, requested, strict, rows, layout)) if active else base
+        target = fast_class(rule.mixin, Plan(base, requested, strict, rows, layout)) if active else base
         swaps.append((module, rebased(kind, current or base, target, memo), new))
     result = Report(sites)
     if strict and (result.declined or not sites):
@@ -123,7 +125,7 @@ def report(model: nn.Module) -> Report:
     return Report(sites)
 
 
-def _rule(module: nn.Module) -> BlockRule | None:
+def _rule(module: nn.Module) -> Rule | None:
     return next((rule for rule in RULES if rule.matches(module)), None)
 
 

@@ -58,7 +58,7 @@ class _Tracer(torch.fx.Tracer):
         return module_qualified_name not in self.inline
 
 
-def _trace(module: nn.Module, inline: tuple[str, ...] = ()) -> tuple[torch.fx.Node, torch.fx.Node]:
+def trace(module: nn.Module, inline: tuple[str, ...] = ()) -> tuple[torch.fx.Node, torch.fx.Node]:
     """The only input and the result of the module's forward."""
     try:
         graph = _Tracer(inline).trace(module)
@@ -131,7 +131,7 @@ def _norm_reason(norm: nn.Module, C: int, layout: str) -> str:
     if getattr(norm, "weight", None) is None or getattr(norm, "bias", None) is None:
         return f"the norm ({kind}) has no weight or no bias"
     try:
-        x, node = _trace(norm)
+        x, node = trace(norm)
     except Unsupported as error:
         return f"the norm ({kind}): {error}"
     if layout == "nchw":
@@ -190,7 +190,7 @@ def _consumers(block: nn.Module, path: str) -> Kinds:
     if kind.__module__.startswith("torch.") or not len(list(child.children())):
         return ()
     try:
-        x, _ = _trace(child)
+        x, _ = trace(child)
     except Unsupported:
         return ()
     users = list(x.users)
@@ -204,7 +204,7 @@ def _opened(block: nn.Module, path: str) -> tuple[list[str], list[str]]:
     """(leaves, containers) of a child whose forward only calls its children one after another; ([path], []) for any other."""
     child = child_at(block, path)
     try:
-        x, node = _trace(child) if len(child._modules) else (None, None)
+        x, node = trace(child) if len(child._modules) else (None, None)
     except Unsupported:
         x = None
     if x is None:
@@ -252,7 +252,7 @@ def read_block(
     shortcut(x) + drop_path(gamma * body(norm(conv(before(x))))), with conv depthwise; gamma, drop_path, shortcut and before
     are optional.
     """
-    x, result = _trace(block, inline)
+    x, result = trace(block, inline)
     if not _is(result, _ADD) or len(result.args) != 2 or result.kwargs:
         raise Unsupported("its forward does not end in a residual sum")
     shortcut, node = result.args

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 
 import torch
@@ -12,44 +11,31 @@ from ..ops import Choice, depthwise_conv_norm, is_disabled, residual_scale, sele
 from ..ops._function import constant_when_traced
 from ..ops._linear import as_convolution, convolution_is_faster
 from ..ops._registry import ORDER, REROUTED, switched_off
-from ._analysis import BlockLayout, Unsupported, read_block
+from ._analysis import BlockLayout, read_block
 from ._module import PLAIN, FastModule, bypass_reason, child_at, choose, sites_of
 from ._report import record
+from ._rule import Rule
 
 FUSED = ("depthwise_conv_norm", "residual_scale")
 OPS = (*FUSED, *REROUTED)
 
 
 @dataclass(frozen=True)
-class BlockRule:
-    """Classes of ConvNeXt blocks: `classes` of the module `defined_in`, looked up only if the user has imported it."""
+class BlockRule(Rule):
+    """Classes of ConvNeXt blocks."""
 
-    defined_in: str
-    classes: tuple[str, ...]
     drop_paths: tuple[str, ...] = ("drop_path",)
     inline: tuple[str, ...] = ()  # children to read through, because the convolution lies inside
     in_place: bool = False  # the sum is written over the branch
 
-    def matches(self, module: nn.Module) -> bool:
-        library = sys.modules.get(self.defined_in)
-        return library is not None and isinstance(module, tuple(c for c in (getattr(library, n, None) for n in self.classes) if c))
+    ops = FUSED
 
-    def inspect(self, block: nn.Module) -> tuple[BlockLayout | None, dict[str, tuple[str, str]]]:
-        """The layout, and (status, reason) of each op. Without a layout every op is declined."""
-        training = block.training
-        try:
-            if "forward" in block.__dict__:
-                raise Unsupported("its forward is replaced on the instance")
-            found = []
-            for block.training in (not training, training):
-                found.append(read_block(block, self.drop_paths, self.inline, self.in_place))
-            if found[0] != found[1]:
-                raise Unsupported("its forward computes something else in training than in eval mode")
-            return found[0]
-        except Unsupported as error:
-            return None, dict.fromkeys(FUSED, ("declined", str(error)))
-        finally:
-            block.training = training
+    @property
+    def mixin(self) -> type:
+        return FastBlock
+
+    def read(self, module: nn.Module) -> tuple[BlockLayout, dict[str, tuple[str, str]]]:
+        return read_block(module, self.drop_paths, self.inline, self.in_place)
 
 
 class FastBlock(FastModule):
