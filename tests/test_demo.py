@@ -30,9 +30,15 @@ def tiny(**kw):
     return model
 
 
+def bundle(monkeypatch, build):
+    """Make `build` the bundled model "tiny"."""
+    monkeypatch.setattr(convnext, "tiny", build, raising=False)
+    monkeypatch.setitem(MODELS, "tiny", Spec("tiny", "convnext", "ConvNeXt", 0.0, 0.0, 32, ()))
+
+
 @pytest.fixture(autouse=True)
 def tiny_model(monkeypatch):
-    monkeypatch.setitem(MODELS, "tiny", Spec(tiny, "ConvNeXt", 0.0, 0.0, 32, ()))
+    bundle(monkeypatch, tiny)
 
 
 def run_demo(tmp_path, *args, steps=4):
@@ -126,7 +132,7 @@ def test_an_unfused_block_fails_the_demo(tmp_path, monkeypatch):
         model.stages[2][0].norm = nn.LayerNorm(32, elementwise_affine=False)
         return model
 
-    monkeypatch.setitem(MODELS, "tiny", Spec(unnormalised, "ConvNeXt", 0.0, 0.0, 32, ()))
+    bundle(monkeypatch, unnormalised)
     result = run_demo(tmp_path, steps=2)
     assert result.exit_code == 1
     assert "FAILED: 1 of 5 blocks are not fused" in result.output and "has no weight or no bias" in result.output
@@ -138,7 +144,7 @@ def test_a_fallback_fails_the_demo(tmp_path, monkeypatch):
         model.stages[2][0].dwconv.register_forward_hook(lambda *args: None)
         return model
 
-    monkeypatch.setitem(MODELS, "tiny", Spec(hooked, "ConvNeXt", 0.0, 0.0, 32, ()))
+    bundle(monkeypatch, hooked)
     with pytest.warns(RuntimeWarning, match="hook"):
         result = run_demo(tmp_path, steps=2)
     assert result.exit_code == 1
@@ -155,7 +161,7 @@ def test_a_model_without_known_blocks_fails_the_demo(tmp_path, monkeypatch):
     def plain(num_classes, drop_path_rate):
         return nn.Sequential(nn.Conv2d(3, 4, 4, 4), nn.Flatten(), nn.Linear(4 * 8 * 8, num_classes))
 
-    monkeypatch.setitem(MODELS, "tiny", Spec(plain, "", 0.0, 0.0, 32, ()))
+    bundle(monkeypatch, plain)
     result = run_demo(tmp_path, steps=2)
     assert result.exit_code == 1 and "has no block that fastconv recognises" in result.output
 
