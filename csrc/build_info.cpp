@@ -84,6 +84,8 @@ PYBIND11_MODULE(_C, m) {
   FC_BYTES("depthwise_conv_norm_infer_bytes", fastconv::conv_norm_bytes(s, size, false), "Fewest bytes of the forward pass in inference.");
   FC_BYTES("depthwise_conv_norm_bwd_bytes", fastconv::conv_norm_bwd_bytes(s, size), "Fewest bytes of all gradients.");
 
+  m.def("global_response_norm_bytes", &fastconv::global_response_norm_bytes, shape("elements"), shape("size"), "Fewest bytes of the forward pass.");
+  m.def("global_response_norm_bwd_bytes", &fastconv::global_response_norm_bwd_bytes, shape("elements"), shape("size"), "Fewest bytes of all gradients.");
   m.def("residual_scale_bytes", &fastconv::residual_scale_bytes, shape("elements"), shape("size"), "Fewest bytes of the forward pass.");
   m.def("residual_scale_bwd_bytes", &fastconv::residual_scale_bwd_bytes, shape("elements"), shape("size"), "Fewest bytes of all gradients.");
 }

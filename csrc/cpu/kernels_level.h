@@ -19,6 +19,10 @@ namespace {
 
 #include "residual_scale_kernel.h"
 
+#include "activation_kernel.h"
+
+#include "global_response_norm_kernel.h"
+
 // Picks the accumulation type.
 #define FC_SCRATCH(name, Params, dtype) \
   int64_t name(const Params& p) { return is_double(dtype) ? name##_as<double>(p) : name##_as<float>(p); }
@@ -34,6 +38,11 @@ FC_TASKS(backward, BackwardParams, p.dy.dtype)
 FC_SCRATCH(residual_scratch, ResidualParams, p.y.dtype)
 FC_TASKS(residual_forward, ResidualParams, p.y.dtype)
 FC_TASKS(residual_backward, ResidualParams, p.y.dtype)
+FC_SCRATCH(gelu_scratch, GeluParams, p.x.dtype)
+FC_TASKS(gelu, GeluParams, p.x.dtype)
+FC_SCRATCH(grn_scratch, GrnParams, p.x.dtype)
+FC_TASKS(grn_sum, GrnParams, p.x.dtype)
+FC_TASKS(grn_apply, GrnParams, p.x.dtype)
 
 }  // namespace
 }  // namespace level_*
@@ -49,6 +58,11 @@ extern const Kernels FC_TABLE(FASTCONV_LEVEL) = {
     FC_NAMESPACE(FASTCONV_LEVEL)::residual_scratch,
     FC_NAMESPACE(FASTCONV_LEVEL)::residual_forward,
     FC_NAMESPACE(FASTCONV_LEVEL)::residual_backward,
+    FC_NAMESPACE(FASTCONV_LEVEL)::gelu_scratch,
+    FC_NAMESPACE(FASTCONV_LEVEL)::gelu,
+    FC_NAMESPACE(FASTCONV_LEVEL)::grn_scratch,
+    FC_NAMESPACE(FASTCONV_LEVEL)::grn_sum,
+    FC_NAMESPACE(FASTCONV_LEVEL)::grn_apply,
 };
 
 }  // namespace fastconv::cpu

@@ -33,8 +33,8 @@ def _family(module: str, family: str, ops: tuple[str, ...], **models: tuple[floa
     MODELS.update({name: Spec(name, module, family, *published, ops) for name, published in models.items()})
 
 
-_CONVNEXT = ("depthwise_conv_norm", "residual_scale")
-_UNSCALED = ("depthwise_conv_norm",)  # without layer scale a block's tail is a plain sum
+_CONVNEXT = ("depthwise_conv_norm", "residual_scale", "gelu_linear")
+_UNSCALED = ("depthwise_conv_norm", "gelu_linear")  # without layer scale a block's tail is a plain sum
 _family(
     "convnext",
     "ConvNeXt",
@@ -53,6 +53,19 @@ _family(
     convnext_isotropic_base=(87.08, 16.90, 224),
 )
 _family("convnext", "ConvNeXt isotropic", _CONVNEXT, convnext_isotropic_large=(305.94, 59.70, 224))
+_family(
+    "convnextv2",
+    "ConvNeXt V2",
+    ("depthwise_conv_norm", "global_response_norm"),
+    convnextv2_atto=(3.71, 0.55, 224),
+    convnextv2_femto=(5.23, 0.78, 224),
+    convnextv2_pico=(9.07, 1.37, 224),
+    convnextv2_nano=(15.62, 2.45, 224),
+    convnextv2_tiny=(28.64, 4.46, 224),
+    convnextv2_base=(88.72, 15.35, 224),
+    convnextv2_large=(197.96, 34.36, 224),
+    convnextv2_huge=(660.29, 114.92, 224),
+)
 _family(
     "swin",
     "Swin",
