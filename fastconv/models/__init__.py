@@ -275,3 +275,27 @@ _family(
     resnetrs350=(163.96, 43.49, 288),
     resnetrs420=(191.89, 63.94, 320),
 )
+_family("alexnet", "AlexNet", (), alexnet_two_groups=(60.97, 0.724, 227), alexnet=(61.10, 0.714, 224))
+_family(
+    "preact_resnet",
+    "ResNet V2",
+    (),
+    resnetv2_50=(25.55, 4.09, 224),
+    resnetv2_101=(44.54, 7.80, 224),
+    resnetv2_152=(60.19, 11.51, 224),
+    preact_resnet164=(1.70, 0.245, 32),
+    preact_resnet1001=(10.33, 1.49, 32),
+)
+_family("preact_resnet", "Wide ResNet", (), wide_resnet28_10=(36.48, 5.24, 32))
+_family(
+    "nfnet",
+    "NFNet",
+    (),
+    nfnet_f0=(71.49, 12.38, 256),
+    nfnet_f1=(132.63, 17.44, 224),
+    nfnet_f2=(193.78, 33.14, 256),
+    nfnet_f3=(254.92, 67.94, 320),
+    nfnet_f4=(316.07, 121.12, 384),
+    nfnet_f5=(377.21, 169.50, 416),
+    nfnet_f6=(438.36, 228.29, 448),
+)
