@@ -64,7 +64,8 @@ constexpr int64_t pixel_slices(int64_t pixels) { return std::max<int64_t>(1, std
 // First item of part `i` when `count` items are split into `parts` runs as even as possible.
 constexpr int64_t part_begin(int64_t count, int64_t parts, int64_t i) { return count / parts * i + std::min(i, count % parts); }
 
-// --- CUDA. The splits follow the shape alone: the same bits on every GPU.
+// --- CUDA. The splits follow the shape alone; which kernel runs follows the GPU's shared memory too. So every GPU gives the same
+// bits in each run, and all of one kind the same.
 
 // A block works on kConvChunk channels, a thread on a run of kConvRun outputs along W.
 constexpr int64_t kConvChunk = 32, kConvRun = 7;

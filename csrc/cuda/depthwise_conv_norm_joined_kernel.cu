@@ -1,7 +1,8 @@
 // depthwise_conv_norm on the GPU, forward in one launch: a block convolves a tile, some chunks of channels at a time, keeps
 // z of all its channels in shared memory, and norms it there. z goes to memory only where backward will read it.
 //
-// z is rounded to its dtype before the norm, as it is where the norm reads it back: both forms have the same bits.
+// z is rounded to its dtype before the norm, as it is where the norm reads it back: both forms have the same
+// bits, unless the convolution apart runs on tensor cores.
 #include "conv_tile.cuh"
 #include "depthwise_conv_norm_kernel.h"
 #include "norm_lanes.cuh"

@@ -30,7 +30,7 @@ def load(path: pathlib.Path | None = None) -> Simulator:
         if _loaded:
             raise RuntimeError(f"{next(iter(_loaded))} is loaded; another library of simulated ops needs another process")
         definitions = torch.library.Library(NAMESPACE, "FRAGMENT")
-        for op in OPS:
+        for op in (op for op, backends in OPS.items() if "cuda" in backends):
             for name, schema in hub(op).SCHEMAS.items():
                 definitions.define(name + schema)
                 fake = getattr(hub(op), name.replace(op, "_fake"))
@@ -52,15 +52,12 @@ def simulated(path: pathlib.Path | None = None):
             return real(op, backend, device, dtypes)
         return real(op, backend, "cuda", dtypes) if torch.float64 in dtypes else ""
 
-    before = dict(_registry.NAMESPACES), dict(OPS)
+    before = dict(_registry.NAMESPACES)
     _registry.NAMESPACES["cuda"] = NAMESPACE
-    for op, backends in OPS.items():
-        OPS[op] = (*backends, *(["cuda"] if "cuda" not in backends else []))
     _registry.missing = missing
     try:
         yield simulator
     finally:
-        for current, old in zip((_registry.NAMESPACES, OPS), before):
-            current.clear()
-            current.update(old)
+        _registry.NAMESPACES.clear()
+        _registry.NAMESPACES.update(before)
         _registry.missing = real
