@@ -48,7 +48,7 @@ def simulated(path: pathlib.Path | None = None):
     real = _registry.missing
 
     def missing(op, backend, device, dtypes):
-        if backend != "cuda" or torch.device(device).type != "cpu":
+        if backend != "cuda" or torch.device(device).type != "cpu" or "cuda" not in OPS[op]:
             return real(op, backend, device, dtypes)
         return real(op, backend, "cuda", dtypes) if torch.float64 in dtypes else ""
 
