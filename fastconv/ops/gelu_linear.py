@@ -155,8 +155,12 @@ def gelu_linear(
     check(x, weight, bias, approximate)
     dtype, _ = resolve_dtypes(OP, x, weight, compute_dtype, None)
     backend = _registry.select(OP, x, weight, bias).backend
-    if backend in ("eager", "native") or torch.compiler.is_compiling():
+    if backend in ("eager", "native"):
         return reference(x, weight, bias, approximate, dtype)
+    if torch.compiler.is_compiling():
+        with without_autocast(x.device):
+            y = F.gelu(x, approximate=approximate).to(dtype)
+            return _linear(y, weight.to(dtype), None if bias is None else bias.to(dtype))
     if not needs_grad(x, weight, bias):
         with without_autocast(x.device):
             y = _registry.raw("gelu_linear_fwd", backend)(x.contiguous().view(-1), approximate == "tanh", dtype).view(x.shape)
