@@ -25,9 +25,8 @@ COMPILE_ARGS = [
     *("-Wall", "-Wextra", "-Wno-psabi", "-Wno-maybe-uninitialized"),  # GCC's own AVX-512 headers set off the last two
 ]
 CPU_SOURCES = [
-    *("ops", "depthwise_conv", "depthwise_conv_norm", "residual_scale"),
+    *("ops", "depthwise_conv", "depthwise_conv_norm", "residual_scale", "gelu_linear", "global_response_norm", "squeeze_excite"),
     *("kernels_default", "kernels_avx2", "kernels_avx512"),
-    "squeeze_excite",
 ]
 CUDA_BUILD = "build/cuda"  # not a temporary folder of pip's: objects are reused
 CUDA_LIBRARY = "_ops_cuda.so"

@@ -95,12 +95,12 @@ def gate(entrants: dict[str, Entrant], eager: Entrant, exact: dict[str, torch.Te
 
 
 @pytest.mark.parametrize("mode", ("training", "inference"))
-def test_model(mode, pytestconfig, race, clock):
+def test_model(model_name, mode, pytestconfig, race, clock):
     option = pytestconfig.getoption
-    training, smoke, name = mode == "training", option("--smoke"), option("--model")
+    training, smoke = mode == "training", option("--smoke")
     batch, size = (2, 64) if smoke else (option("--batch-size") or (128 if clock.cuda else 8), option("--image-size"))
     torch.manual_seed(0)
-    model = randomised(fastconv.create_model(name, fused=False)).to(clock.device)
+    model = randomised(fastconv.create_model(model_name, fused=False)).to(clock.device)
     x = torch.randn(batch, 3, size, size, device=clock.device)
     target = torch.randint(10, (batch,), device=clock.device)
 
@@ -116,4 +116,4 @@ def test_model(mode, pytestconfig, race, clock):
     gate(fused, entrant("NCHW"), truth(model, x, target, training))
     dtype = "bfloat16 autocast" if clock.cuda else "float32"
     laps = {label: (lap,) for label, lap in (entrants | fused).items()}
-    race(f"{name} {batch}x3x{size}x{size} {mode}", laps, 30 * option("--seconds"), dtype=dtype)
+    race(f"{model_name} {batch}x3x{size}x{size} {mode}", laps, 30 * option("--seconds"), dtype=dtype)

@@ -34,8 +34,7 @@ def test_squeeze_excite(act, site, pytestconfig, race, clock, bandwidth):
         size, C, R = 6, 16, 4
     batch = 2 if option("--smoke") else option("--batch-size") or (128 if clock.cuda else 8)
     dtype = torch.bfloat16 if clock.cuda else torch.float32
-    options = (("act", act), ("data_format", "NCHW"))
-    case = testing.Case("squeeze_excite", (batch, size, size, C), reduced=R, options=options)
+    case = testing.Case("squeeze_excite", (batch, size, size, C), act=act, reduced=R, options=(("data_format", "NCHW"),))
     nchw = testing.make_inputs(case, dtype, clock.device)
 
     def channels_last(t):

@@ -20,6 +20,7 @@ import fastconv
 ROOT = pathlib.Path(__file__).parent.parent
 ROWS = pytest.StashKey[list]()
 BASELINES = ("eager NCHW", "eager channels_last")
+MODELS = ("timm:convnext_tiny", "timm:convnextv2_tiny")
 
 
 def pytest_addoption(parser):
@@ -29,7 +30,7 @@ def pytest_addoption(parser):
     group.addoption("--seconds", type=float, default=4.0, help="budget of the timed rounds of an op at a shape; 30 times that of a model")
     group.addoption("--smoke", action="store_true", help="tiny shapes: does it run, not how fast")
     group.addoption("--no-compile", action="store_true", help="leave torch.compile out")
-    group.addoption("--model", default="timm:convnext_tiny")
+    group.addoption("--model", action="append", metavar="NAME", help=f"may be given again; default {' and '.join(MODELS)}")
     group.addoption("--batch-size", type=int, help="default 8 on a CPU, 128 on CUDA")
     group.addoption("--image-size", type=int, default=224)
 
@@ -39,6 +40,8 @@ def pytest_configure(config):
 
 
 def pytest_generate_tests(metafunc):
+    if "model_name" in metafunc.fixturenames:
+        metafunc.parametrize("model_name", metafunc.config.getoption("--model") or MODELS)
     if "shape" in metafunc.fixturenames:
         metafunc.parametrize("shape", SMOKE if metafunc.config.getoption("--smoke") else STAGES, ids=lambda s: f"{s[0]}x{s[0]}x{s[1]}")
 

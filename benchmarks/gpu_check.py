@@ -71,9 +71,9 @@ def steps_of(stage: str, out: pathlib.Path, scratch: pathlib.Path) -> list[Step]
         return [Step("graph", 240, module("checks", "graph"))]
     demo = ["--device", "cuda", "--dtype", "bfloat16", "--batch-size", "128", "--steps", "32", "--output", out / "demo.png"]
     return [
-        bench("bench_cuda", 200, "cuda", "--seconds", "0.7", "-k", "not model and not linear"),
+        bench("bench_cuda", 200, "cuda", "--seconds", "0.7", "-k", "not model and not linear and not response"),
         bench("bench_triton", 120, "triton", "--seconds", "0.7", "-k", "not model and not linear", "--no-compile"),
-        bench("bench_models", 180, "", "--seconds", "0.5", "-k", "test_model"),
+        bench("bench_models", 180, "", "--seconds", "0.5", "-k", "test_model", "--model", "convnext_tiny"),
         Step("demo", 60, [sys.executable, "-m", "fastconv.cli", "demo", *demo]),
     ]
 

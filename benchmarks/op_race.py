@@ -16,6 +16,8 @@ PASSES = ("inference", "forward", "backward")
 NCHW = {
     "depthwise_conv": ("x", "dout"),
     "depthwise_conv_norm": ("x",),
+    "gelu_linear": (),
+    "global_response_norm": ("x", "dout"),
     "residual_scale": ("shortcut", "dout"),
     "squeeze_excite": ("x", "dout"),
 }
@@ -71,7 +73,9 @@ def floors(case: testing.Case, dtype: torch.dtype, bandwidth: float) -> dict[str
     except ImportError:
         return {}
     size = dtype.itemsize
-    args = (torch.Size(case.shape).numel(), size) if case.op in ("residual_scale", "squeeze_excite") else (*case.shape, case.K, size)
+    if case.op == "gelu_linear":  # bound by its matrix products
+        return {}
+    args = (*case.shape, case.K, size) if case.op.startswith("depthwise_conv") else (torch.Size(case.shape).numel(), size)
     forward, backward = getattr(_C, f"{case.op}_bytes"), getattr(_C, f"{case.op}_bwd_bytes")
     inference = getattr(_C, f"{case.op}_infer_bytes", forward)
     return {name: 1e3 * count(*args) / bandwidth for name, count in zip(PASSES, (inference, forward, backward))}
@@ -81,7 +85,7 @@ def race_op(op: str, shape: tuple[int, int], option, race, clock: Clock, bandwid
     size, C = shape
     batch = 2 if option("--smoke") else option("--batch-size") or (128 if clock.cuda else 8)
     dtype = torch.bfloat16 if clock.cuda else torch.float32
-    case = testing.Case(op, (batch, size, size, C), K=7)
+    case = testing.Case(op, (batch, size, size, C), K=7, act="gelu" if op == "global_response_norm" else None)
     inputs = testing.make_inputs(case, dtype, clock.device)
     ours, plain = getattr(ops, op), hub(op).reference
     fused = {"ours": ours} if option("--no-compile") else {"ours": ours, "ours + compile": compiled(ours)}

@@ -47,6 +47,12 @@ PYBIND11_MODULE(_C, m) {
     const auto t = fastconv::conv_forward_tiles({N, H, W, C, K}, size);
     return py::make_tuple(t.images, t.rows, t.columns, t.count);
   }, FC_SHAPE, shape("size"), "(images, rows, columns, tiles) of the forward pass on a GPU, x of `size` bytes an element.");
+  m.def("cuda_joined_plan", [](int64_t N, int64_t H, int64_t W, int64_t C, int64_t K, int64_t size, int64_t shared, int64_t multiprocessors) {
+    const auto p = fastconv::conv_norm_plan({N, H, W, C, K}, size, size, {shared, multiprocessors});
+    return py::make_tuple(p.tiles.images, p.tiles.rows, p.tiles.columns, p.tiles.count, p.together, p.threads, p.shared);
+  }, FC_SHAPE, shape("size"), shape("shared"), shape("multiprocessors"),
+     "(images, rows, columns, tiles, chunks together, threads, bytes of shared memory) of a block of the forward pass with the norm in one"
+     " launch, x and z of `size` bytes an element, on a GPU of so much shared memory a block and so many multiprocessors. No tiles: two launches.");
   m.def("cuda_backward_plan", [](int64_t N, int64_t H, int64_t W, int64_t C, int64_t K) {
     const ConvShape s{N, H, W, C, K};
     const auto t = fastconv::conv_backward_tiles(s);
@@ -78,6 +84,8 @@ PYBIND11_MODULE(_C, m) {
   FC_BYTES("depthwise_conv_norm_infer_bytes", fastconv::conv_norm_bytes(s, size, false), "Fewest bytes of the forward pass in inference.");
   FC_BYTES("depthwise_conv_norm_bwd_bytes", fastconv::conv_norm_bwd_bytes(s, size), "Fewest bytes of all gradients.");
 
+  m.def("global_response_norm_bytes", &fastconv::global_response_norm_bytes, shape("elements"), shape("size"), "Fewest bytes of the forward pass.");
+  m.def("global_response_norm_bwd_bytes", &fastconv::global_response_norm_bwd_bytes, shape("elements"), shape("size"), "Fewest bytes of all gradients.");
   m.def("residual_scale_bytes", &fastconv::residual_scale_bytes, shape("elements"), shape("size"), "Fewest bytes of the forward pass.");
   m.def("residual_scale_bwd_bytes", &fastconv::residual_scale_bwd_bytes, shape("elements"), shape("size"), "Fewest bytes of all gradients.");
   m.def("squeeze_excite_bytes", &fastconv::squeeze_excite_bytes, shape("elements"), shape("size"), "Fewest bytes of the forward pass.");

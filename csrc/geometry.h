@@ -64,10 +64,12 @@ constexpr int64_t pixel_slices(int64_t pixels) { return std::max<int64_t>(1, std
 // First item of part `i` when `count` items are split into `parts` runs as even as possible.
 constexpr int64_t part_begin(int64_t count, int64_t parts, int64_t i) { return count / parts * i + std::min(i, count % parts); }
 
-// --- CUDA. The splits follow the shape alone: the same bits on every GPU.
+// --- CUDA. The splits follow the shape alone; which kernel runs follows the GPU's shared memory too. So every GPU gives the same
+// bits in each run, and all of one kind the same.
 
 // A block works on kConvChunk channels, a thread on a run of kConvRun outputs along W.
 constexpr int64_t kConvChunk = 32, kConvRun = 7;
+constexpr int64_t kConvWeightPitch = kConvChunk + 4;  // floats of a tap's weights in shared memory
 
 // Tiles of rows x columns outputs, whole runs wide, as even as they come. Of small maps a tile holds those of several
 // images, so that a block has enough threads.
@@ -78,13 +80,13 @@ struct ConvTiles {
   constexpr int64_t runs() const { return columns / kConvRun; }  // of a row
 };
 
-constexpr ConvTiles conv_tiles(const ConvShape& s, int64_t max_rows, int64_t max_runs) {
+constexpr ConvTiles conv_tiles(const ConvShape& s, int64_t max_rows, int64_t max_runs, int64_t together = 28) {
   if (s.pixels() == 0) return {};
-  constexpr int64_t kRuns = 28, kStaged = 700;  // of a tile of several images: runs; pixels in shared memory
+  constexpr int64_t kStaged = 700;  // of a tile of several images: pixels in shared memory; `together`: runs
   const int64_t runs_of_map = ceil_div(s.W, kConvRun), across = ceil_div(runs_of_map, max_runs), down = ceil_div(s.H, max_rows);
   const int64_t rows = ceil_div(s.H, down), runs = ceil_div(runs_of_map, across), columns = runs * kConvRun;
   const int64_t staged = (rows + s.K - 1) * ((columns + s.K - 1) | 1) + rows * (columns | 1);  // an odd number to a row
-  const int64_t images = down * across > 1 ? 1 : std::max<int64_t>(1, std::min({s.N, kRuns / (rows * runs), kStaged / staged}));
+  const int64_t images = down * across > 1 ? 1 : std::max<int64_t>(1, std::min({s.N, together / (rows * runs), kStaged / staged}));
   return {images, rows, columns, down, across, ceil_div(s.N, images) * down * across};
 }
 // A large tile reads less halo, and where elements are narrow it still fits beside others in shared memory. Backward has
@@ -92,13 +94,60 @@ constexpr ConvTiles conv_tiles(const ConvShape& s, int64_t max_rows, int64_t max
 constexpr ConvTiles conv_forward_tiles(const ConvShape& s, int64_t size) { return size == 2 ? conv_tiles(s, 14, 4) : conv_tiles(s, 20, 2); }
 constexpr ConvTiles conv_backward_tiles(const ConvShape& s) { return conv_tiles(s, 14, 2); }
 
+// What a plan asks of the GPU: bytes of shared memory that a block may have, and multiprocessors.
+struct Gpu {
+  int64_t shared, multiprocessors;
+};
+
+// Forward with the norm in one launch: a block owns all channels of a tile, whose convolution output waits in shared memory
+// for the norm, so that z is written only for backward and never read. It takes `together` chunks at a time, each with its
+// weights and its tile of x. The bits are those of the convolution and the norm apart, so that the plan may follow the GPU.
+struct JoinedPlan {
+  ConvTiles tiles;                    // count 0: nothing fits or pays, and the norm runs apart
+  int64_t together, threads;
+  int64_t staged, z_pitch, shared;    // bytes: of the bias, weights and tiles of x; of a pixel of z; in all
+};
+constexpr int64_t kJoinedThreads = 448, kJoinedChannels = 1024;  // at most; channels: a warp's registers hold no more
+
+constexpr JoinedPlan conv_norm_plan(const ConvShape& s, int64_t x_size, int64_t z_size, const Gpu& gpu) {
+  constexpr int64_t kReserved = 1 << 10, kNorm = 2 * kJoinedChannels * 4;  // bytes: of each block, for the system; the norm's weights
+  constexpr int64_t kResident = 512, kFewest = 112;                         // threads of a multiprocessor: at 128 registers; that pay
+  JoinedPlan best{};
+  if (s.pixels() == 0 || s.C % 8 != 0 || s.C > kJoinedChannels || (s.K != 3 && s.K != 5 && s.K != 7)) return best;
+  const int64_t chunks = ceil_div(s.C, kConvChunk), z_pitch = round_up(s.C * z_size, 64);
+  int64_t most = kFewest - 1;
+  for (const int64_t max_rows : {14, 7, 4}) {  // the largest tile of those that keep as many threads busy
+    const ConvTiles t = conv_tiles(s, max_rows, 2, 7);
+    // More than 2.2 reads of x would cost more than z takes to come back. Few blocks would leave the GPU idle, which the
+    // convolution apart has one for each chunk to fill.
+    const int64_t reads = (s.H + (t.down - 1) * (s.K - 1)) * (s.W + (t.across - 1) * (s.K - 1));
+    if (5 * reads > 11 * s.H * s.W || 2 * t.count < gpu.multiprocessors) continue;
+    const int64_t units = t.images * t.rows * t.runs();
+    const int64_t tile = t.images * (t.rows + s.K - 1) * ((t.columns + s.K - 1) | 1) * kConvChunk * x_size;
+    const int64_t chunk = s.K * s.K * kConvWeightPitch * 4 + tile, bias = chunks * kConvChunk * 4;
+    for (int64_t together = 1; together <= chunks && together * units * 8 <= kJoinedThreads; ++together) {
+      const int64_t threads = round_up(together * units * 8, 32), staged = std::max(bias + together * chunk, kNorm);
+      const int64_t shared = staged + units * kConvRun * z_pitch;
+      if (shared > gpu.shared) break;
+      const int64_t blocks = std::min((gpu.shared + kReserved) / (shared + kReserved), kResident / threads);
+      const int64_t busy = blocks * units * 8 * chunks / ceil_div(chunks, together);  // threads of a multiprocessor, on average
+      if (busy <= most) continue;
+      most = busy;
+      best = {t, together, threads, staged, z_pitch, shared};
+    }
+  }
+  return best;
+}
+
 // Runs of consecutive tiles, or for a general K of rows, with one partial dweight and dbias each. A float32 partial is
-// written and read: with 16 K * K pixels to each it stays below 5% of backward's bytes in bfloat16.
+// written and read, 8 (K * K + 1) bytes a channel: about 5% of backward's 6 bytes a pixel in bfloat16. Blocks come in whole
+// waves of one to each of an H200's multiprocessors: the last of a broken one would run alone.
 constexpr int64_t conv_wgrad_slices(const ConvShape& s) {
-  constexpr int64_t kBlocks = 1024, kFew = 4;
-  const int64_t most = std::max(kFew, kBlocks / std::max<int64_t>(1, ceil_div(s.C, kConvChunk)));
-  const int64_t worthwhile = std::max(kFew, s.pixels() / (16 * s.K * s.K));
-  return std::max<int64_t>(1, std::min({conv_backward_tiles(s).count, most, worthwhile}));
+  constexpr int64_t kBlocks = 132, kWaves = 7, kFew = 4;
+  const int64_t chunks = std::max<int64_t>(1, ceil_div(s.C, kConvChunk));
+  const int64_t worthwhile = std::max(kFew, ceil_div(s.pixels(), 27 * (s.K * s.K + 1))), waves = worthwhile * chunks / kBlocks;
+  const int64_t slices = waves == 0 ? worthwhile : std::max(kFew, std::min(waves, kWaves) * kBlocks / chunks);
+  return std::max<int64_t>(1, std::min(conv_backward_tiles(s).count, slices));
 }
 constexpr int64_t conv_wgrad_floats(const ConvShape& s) { return conv_wgrad_slices(s) * s.C * (s.K * s.K + 1); }
 
@@ -120,6 +169,8 @@ constexpr int64_t conv_bytes(const ConvShape& s, int64_t size) { return 2 * s.el
 constexpr int64_t conv_bwd_bytes(const ConvShape& s, int64_t size) { return 3 * s.elements() * size; }
 constexpr int64_t conv_norm_bytes(const ConvShape& s, int64_t size, bool save) { return (save ? 3 : 2) * s.elements() * size; }
 constexpr int64_t conv_norm_bwd_bytes(const ConvShape& s, int64_t size) { return 6 * s.elements() * size; }
+constexpr int64_t global_response_norm_bytes(int64_t elements, int64_t size) { return 2 * elements * size; }
+constexpr int64_t global_response_norm_bwd_bytes(int64_t elements, int64_t size) { return 3 * elements * size; }
 constexpr int64_t squeeze_excite_bytes(int64_t elements, int64_t size) { return 2 * elements * size; }
 constexpr int64_t squeeze_excite_bwd_bytes(int64_t elements, int64_t size) { return 3 * elements * size; }
 constexpr int64_t residual_scale_bytes(int64_t elements, int64_t size) { return 3 * elements * size; }

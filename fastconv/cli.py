@@ -55,21 +55,27 @@ def bench(context: typer.Context) -> None:
 
 @app.command()
 def demo(
-    model: Annotated[str, typer.Option(help="any name that fastconv.create_model takes")] = "convnext_tiny",
+    model: Annotated[
+        str | None, typer.Option(help="any name that fastconv.create_model takes; default: convnext_tiny, with --pretrain convnextv2_atto")
+    ] = None,
     data: Annotated[Path | None, typer.Option(help="a folder with one folder of images a class; default: scikit-learn's digits")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     dtype: Annotated[str, typer.Option(help="float32, or bfloat16 or float16 by autocast")] = "float32",
     batch_size: Annotated[int, typer.Option(help="images a step, an even number")] = 16,
     steps: Annotated[int, typer.Option(help="training steps of each run")] = 48,
-    image_size: Annotated[int, typer.Option(help="height and width of the images")] = 64,
+    image_size: Annotated[int | None, typer.Option(help="height and width of the images; default: 64, with --pretrain 128")] = None,
     seed: Annotated[int, typer.Option(help="of weights, batches and stochastic depth")] = 0,
-    output: Annotated[Path, typer.Option(help="where the loss curves and step times go (PNG)")] = Path("fastconv-demo.png"),
+    output: Annotated[Path | None, typer.Option(help="where the picture goes; default: fastconv-demo.png, fastconv-pretrain.png")] = None,
+    pretrain: Annotated[bool, typer.Option("--pretrain", help="masked pretraining of a ConvNeXt V2; shows what it fills in")] = False,
 ) -> None:
     """Train a model on real images as it came and patched; exit with 1 if the losses differ or a block is not fused."""
+    model = model or ("convnextv2_atto" if pretrain else "convnext_tiny")
+    image_size = image_size or (128 if pretrain else 64)
+    output = output or Path("fastconv-pretrain.png" if pretrain else "fastconv-demo.png")
     try:
         from . import demo as _demo
 
-        options = _demo.Options(model, data, device, dtype, batch_size, steps, image_size, seed, output)
+        options = _demo.Options(model, data, device, dtype, batch_size, steps, image_size, seed, output, pretrain)
         data_and_model = _demo.prepare(options)
     except (ValueError, ImportError, FileNotFoundError) as error:
         raise _failed(error) from None

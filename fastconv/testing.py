@@ -17,51 +17,15 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import _testing_squeeze_excite as squeeze_excite
 from . import ops
-from .ops._registry import FLOAT_DTYPES, NAMESPACES, hub, select, use_backend
+from ._cases import CASES as CASES
+from ._cases import Case as Case
+from .ops._registry import FLOAT_DTYPES as FLOAT_DTYPES
+from .ops._registry import NAMESPACES, hub, select, use_backend
 
 # Absolute part of the bound, relative to rms(truth): about 8 units of roundoff of a stored result. The maximum gets 4x.
 ATOL = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 FACTOR_OUTPUT, FACTOR_GRADIENT, FACTOR_MAXIMUM = 2, 3, 4
-
-
-class Case(NamedTuple):
-    """One call of an op. The dtype is given apart; `wide` names the tensors that are float32 whatever it is."""
-
-    op: str
-    shape: tuple[int, ...]  # of the first argument, channels last
-    K: int = 7
-    without: tuple[str, ...] = ()  # optional arguments left out
-    wide: tuple[str, ...] = ()
-    mask: str = "image"  # residual_scale: one value an "image", or "one" for all
-    scale: float = 1.0  # standard deviation of the first argument
-    offset: float = 0.0  # added to bias: a mean far from zero
-    dtypes: tuple[torch.dtype, ...] = FLOAT_DTYPES
-    reduced: int = 6  # squeeze_excite: width between the layers
-    options: tuple[tuple[str, str], ...] = ()  # further keyword arguments of the op
-
-    @property
-    def C(self) -> int:
-        return self.shape[-1]
-
-    def __str__(self) -> str:
-        parts = ["x".join(map(str, self.shape))]
-        if self.op == "squeeze_excite":
-            parts.append(f"r{self.reduced}")
-        elif self.op != "residual_scale":
-            parts.append(f"k{self.K}")
-        elif self.mask != "image":
-            parts.append(f"mask_{self.mask}")
-        parts += [f"no_{name}" for name in self.without]
-        if self.wide:
-            parts.append("wide_" + "+".join(self.wide))
-        if self.scale != 1:
-            parts.append(f"scale{self.scale:g}")
-        if self.offset:
-            parts.append(f"offset{self.offset:g}")
-        parts += [value for _, value in self.options]
-        return "-".join(parts)
 
 
 class Inputs(NamedTuple):
@@ -69,79 +33,6 @@ class Inputs(NamedTuple):
     options: dict  # keyword arguments that are not tensors
     dout: torch.Tensor  # gradient of the result
     constant: tuple[str, ...] = ()  # tensors that get no gradient
-
-
-def _conv_cases(op: str) -> list[Case]:
-    norm = op == "depthwise_conv_norm"
-    params = ("weight", "norm") if norm else ("weight",)
-    cases = [
-        Case(op, (2, 7, 7, 768)),
-        Case(op, (1, 8, 14, 32)),  # whole tiles: rows of 8, strips of 14, blocks of 16 channels
-        Case(op, (2, 9, 15, 33)),  # one past each of them
-        Case(op, (1, 17, 29, 17)),
-        Case(op, (3, 14, 5, 96)),
-        Case(op, (5, 3, 7, 130)),
-        Case(op, (3, 5, 11, 33), K=5),
-        Case(op, (2, 16, 8, 65), K=3),
-        Case(op, (1, 6, 5, 3), K=9),
-        Case(op, (1, 15, 4, 20), K=13),
-        Case(op, (2, 4, 9, 48), K=1),
-        Case(op, (3, 1, 1, 64)),
-        Case(op, (2, 1, 23, 16)),
-        Case(op, (2, 23, 1, 16), K=5),
-        Case(op, (4, 2, 3, 24)),  # a map smaller than the kernel
-        Case(op, (2, 9, 7, 1), K=3, dtypes=FLOAT_DTYPES[:3] if norm else FLOAT_DTYPES),  # with the norm dx is 0, and float64 all rounding
-        Case(op, (70, 2, 3, 17), K=3),  # more bands of rows than partial sums
-        Case(op, (0, 8, 6, 16)),
-        Case(op, (2, 0, 5, 8), K=3),
-        Case(op, (1, 10, 12, 40), without=("bias",)),
-        Case(op, (2, 8, 9, 32), wide=("x", *params, "out")),  # autocast, float32 residual stream
-        Case(op, (2, 6, 9, 24), wide=params),  # autocast after a half-precision producer
-        Case(op, (2, 6, 9, 24), K=5, wide=("x",)),  # half parameters, float32 x
-    ]
-    if norm:
-        cases += [
-            Case(op, (2, 6, 9, 24), K=3, wide=("norm",)),
-            Case(op, (2, 6, 9, 24), wide=("weight",)),
-            Case(op, (1, 6, 7, 32), K=3, scale=1e-3, without=("bias",)),  # eps is as large as the variance
-            Case(op, (1, 6, 7, 32), K=3, offset=1e3, dtypes=(torch.float32, torch.float64)),  # mean far above the deviation
-        ]
-    return cases
-
-
-def _residual_scale_cases() -> list[Case]:
-    op = "residual_scale"
-    return [
-        Case(op, (2, 7, 7, 768)),
-        Case(op, (2, 9, 15, 33)),
-        Case(op, (1, 17, 29, 17)),
-        Case(op, (3, 14, 5, 96)),
-        Case(op, (3, 1400, 7)),  # more runs of 64 pixels than partial sums
-        Case(op, (2, 67, 1030)),  # more channels than one block holds
-        Case(op, (3, 50, 24)),
-        Case(op, (6, 40)),
-        Case(op, (3, 1, 1, 64)),
-        Case(op, (5, 2, 1, 3)),
-        Case(op, (4, 3, 2, 1)),
-        Case(op, (0, 8, 6, 16)),
-        Case(op, (2, 0, 5, 8)),
-        Case(op, (2, 5, 6, 31), without=("mask",)),
-        Case(op, (4, 5, 6, 31), without=("gamma",)),
-        Case(op, (4, 5, 6, 31), without=("gamma", "mask")),
-        Case(op, (3, 5, 6, 48), mask="one"),
-        Case(op, (2, 5, 6, 32), wide=("shortcut",)),
-        Case(op, (2, 5, 6, 32), wide=("shortcut", "gamma")),  # autocast, as ConvNeXt runs it
-        Case(op, (2, 5, 6, 33), wide=("y", "mask")),
-        Case(op, (2, 5, 6, 17), wide=("gamma",), without=("mask",)),
-    ]
-
-
-CASES: dict[str, list[Case]] = {
-    "depthwise_conv": _conv_cases("depthwise_conv"),
-    "depthwise_conv_norm": _conv_cases("depthwise_conv_norm"),
-    "residual_scale": _residual_scale_cases(),
-    "squeeze_excite": squeeze_excite.cases(Case),
-}
 
 
 def make_inputs(case: Case, dtype: torch.dtype, device="cpu", seed: int = 0) -> Inputs:
@@ -166,9 +57,24 @@ def make_inputs(case: Case, dtype: torch.dtype, device="cpu", seed: int = 0) -> 
         out_dtype = hub(case.op).out_dtype(**tensors)
         return Inputs(tensors, {}, randn("dout", *case.shape).to(out_dtype), constant=("mask",))
     if case.op == "squeeze_excite":
-        tensors, options, dout = squeeze_excite.inputs(case, dtype, randn)
-        return Inputs(tensors, options, dout)
+        return _gate_inputs(case, dtype, randn)
     C, K = case.C, case.K
+    if case.op == "global_response_norm":
+        tensors = {"x": randn("x", *case.shape, std=case.scale), "weight": randn("weight", C), "bias": randn("bias", C, std=case.scale)}
+        if C > 9 and case.shape[0]:  # not in the small cases, for numerical differentiation
+            tensors["x"][-1, ..., 0] = 0  # a norm without derivative
+        out_dtype = _dtype_of(case, "out", dtype)
+        options = ({"act": case.act} if case.act else {}) | ({"out_dtype": out_dtype} if case.wide else {})
+        return Inputs(tensors, options, randn("dout", *case.shape, std=min(1, 1 / case.scale)).to(out_dtype))
+    if case.op == "gelu_linear":
+        features = C // 2 + 3
+        tensors = {
+            "x": randn("x", *case.shape, std=case.scale),
+            "weight": randn("weight", features, C, std=C**-0.5),
+            "bias": randn("bias", features),
+        }
+        options = ({"approximate": "tanh"} if case.act else {}) | ({"compute_dtype": dtype} if case.wide else {})
+        return Inputs(tensors, options, randn("dout", *case.shape[:-1], features).to(dtype))
     tensors = {
         "x": randn("x", *case.shape, std=case.scale),
         "weight": randn("weight", C, 1, K, K, std=1 / K),
@@ -180,6 +86,23 @@ def make_inputs(case: Case, dtype: torch.dtype, device="cpu", seed: int = 0) -> 
     out_dtype = _dtype_of(case, "out", dtype)
     options = {"compute_dtype": dtype, "out_dtype": out_dtype} if case.wide else {}
     return Inputs(tensors, options, randn("dout", *case.shape).to(out_dtype))
+
+
+def _gate_inputs(case: Case, dtype: torch.dtype, randn: Callable) -> Inputs:
+    N, C, R = case.shape[0], case.C, case.C if "w2" in case.without else case.reduced
+    x = randn("x", *case.shape, std=case.scale)
+    tensors = {
+        "x": x + randn("x", N, 1, 1, C, std=case.scale),  # means of order 1, which tell the layers' inputs apart
+        "w1": randn("w1", R, C, std=C**-0.5),
+        "b1": randn("b1", R, std=0.5),
+        "w2": randn("w2", C, R, std=R**-0.5),
+        "b2": randn("b2", C, std=0.5),
+    }
+    options = dict(case.options) | ({"act": case.act} if case.act else {}) | ({"compute_dtype": dtype} if case.wide else {})
+    dout = randn("dout", *case.shape).to(torch.promote_types(x.dtype, dtype))
+    if options.get("data_format") == "NCHW":
+        tensors["x"], dout = (t.permute(0, 3, 1, 2).contiguous() for t in (tensors["x"], dout))
+    return Inputs(tensors, options, dout)
 
 
 def _dtype_of(case: Case, name: str, dtype: torch.dtype) -> torch.dtype:
@@ -204,7 +127,7 @@ def truth_of(op: str, inputs: Inputs) -> dict[str, torch.Tensor | None]:
     return run(hub(op).reference, Inputs(tensors, options, inputs.dout.cpu().double(), inputs.constant))
 
 
-def formula(op: str, first: torch.Tensor, *args, eps: float = 1e-6, **options) -> torch.Tensor:
+def formula(op: str, first: torch.Tensor, *args, eps: float = 1e-6, act: str | None = None, **options) -> torch.Tensor:
     """An op from its formula: no convolution or norm of PyTorch. The truth where values are not finite.
 
     A tap adds the pixels of the map that it meets and nothing for padding, where `reference` may multiply an Inf by a zero:
@@ -214,7 +137,18 @@ def formula(op: str, first: torch.Tensor, *args, eps: float = 1e-6, **options) -
         y, gamma, mask = args
         return torch.stack([s + m * (gamma * image) for s, image, m in zip(first, y, mask.flatten())])
     if op == "squeeze_excite":
-        return squeeze_excite.formula(first, *args, **options)
+        return _gate_formula(first, *args, act=act or "relu", **options)
+    if op in ("global_response_norm", "gelu_linear"):
+        a = first
+        if act == "gelu_tanh":
+            a = a * torch.sigmoid((8 / torch.pi) ** 0.5 * (a + 0.044715 * a**3))
+        elif act or op == "gelu_linear":
+            a = a * 0.5 * torch.erfc(-a / 2**0.5)
+        weight, bias = args
+        if op == "gelu_linear":
+            return torch.stack([(a * w).sum(-1) for w in weight], -1) + bias
+        g = torch.linalg.vector_norm(a, dim=(1, 2), keepdim=True)  # its derivative at 0 is 0
+        return a + weight * (a * (g / (g.sum(-1, keepdim=True) / g.shape[-1] + eps))) + bias
     weight, bias, *norm = args
     (H, W, C), K = first.shape[1:], weight.shape[-1]
     z = bias.expand(first.shape)
@@ -227,6 +161,24 @@ def formula(op: str, first: torch.Tensor, *args, eps: float = 1e-6, **options) -
         return z
     centred = z - z.sum(-1, keepdim=True) / C
     return centred / (centred.square().sum(-1, keepdim=True) / C + eps).sqrt() * norm[0] + norm[1]
+
+
+def _gate_formula(x, w1, b1, w2, b2, act="relu", gate="sigmoid", data_format="NHWC") -> torch.Tensor:
+    nothing = torch.zeros((), dtype=x.dtype)
+    functions = {
+        "relu": lambda v: torch.where(v <= 0, nothing, v),
+        "silu": lambda v: v / (1 + torch.exp(-v)),
+        "gelu": lambda v: v * (1 + torch.erf(v / 2**0.5)) / 2,
+        "hardswish": lambda v: v * (v + 3).clamp(0, 6) / 6,
+        "leaky_relu": lambda v: torch.where(v > 0, v, 0.01 * v),
+        "identity": lambda v: v,
+        "sigmoid": torch.sigmoid,
+        "hardsigmoid": lambda v: (v + 3).clamp(0, 6) / 6,
+    }
+    if data_format == "NCHW":
+        return _gate_formula(x.permute(0, 2, 3, 1), w1, b1, w2, b2, act, gate).permute(0, 3, 1, 2)
+    hidden = functions[act]((x.sum((1, 2)) / (x.shape[1] * x.shape[2]))[:, None, :].mul(w1).sum(-1) + b1)
+    return x * functions[gate](hidden[:, None, :].mul(w2).sum(-1) + b2)[:, None, None, :]
 
 
 @contextlib.contextmanager
@@ -303,6 +255,12 @@ def faults(case: Case, inputs: Inputs, truth: dict[str, torch.Tensor]) -> Iterat
     tensors = dict(inputs.tensors)
     if case.op == "residual_scale":
         moved = [("gamma", (0,), ("out", "dy")), ("mask", (0,), ("out", "dy", "dgamma"))]
+    elif case.op == "global_response_norm":
+        moved = [("weight", (0,), ("out", "dx")), ("bias", (0,), ("out",))]
+        yield "moved", "dweight", truth["dweight"].roll(1, 0)
+    elif case.op == "gelu_linear":
+        moved = [("weight", (1,), ("out", "dx")), ("bias", (0,), ("out",))]
+        yield "moved", "dweight", truth["dweight"].roll(1, 1)
     elif case.op == "squeeze_excite":
         moved = [("w1", (1,), ("out", "dx", "dw2")), ("w2", (0,), ("out", "dx", "dw1"))]
     else:
@@ -345,11 +303,11 @@ def check_not_finite(case: Case, dtype: torch.dtype, backend: str, name: str, va
     """Assert that one Inf or NaN reaches the elements of the result and of every gradient that `formula` says, and no other.
 
     `name` is the tensor that holds it, or "dout"; with `border` it lies at the corner of the map or filter, where padding is
-    near. NaN, Inf and -Inf are told apart, but not behind a norm, whose order of sums decides where Inf meets -Inf.
+    near. NaN, Inf and -Inf are told apart, but not behind a norm or GELU, where the order of operations decides where Inf meets -Inf or 0.
     """
     inputs = make_inputs(case, dtype, device)
     tensor = {**inputs.tensors, "dout": inputs.dout}[name]
-    if name == "weight":
+    if name == "weight" and tensor.dim() == 4:
         h, w = (0, 0) if border else (case.K // 2 - 1, case.K // 2 + 1)
         tensor[case.C // 2, 0, h, w] = value
     elif tensor.dim() == 2 or name == "b1":
@@ -358,9 +316,10 @@ def check_not_finite(case: Case, dtype: torch.dtype, backend: str, name: str, va
         h, w = (0, -1) if border else (case.shape[1] // 2, case.shape[2] // 2)
         tensor[-1, h, w, case.C // 2] = value
     else:
-        tensor[case.C // 2] = value
+        tensor.view(-1)[tensor.numel() // 2] = value
     doubles = {n: t.cpu().double() for n, t in inputs.tensors.items()}
-    truth = run(lambda **t: formula(case.op, *t.values()), Inputs(doubles, {}, inputs.dout.cpu().double(), inputs.constant))
+    options = {"act": case.act, **dict(case.options)}
+    truth = run(lambda **t: formula(case.op, *t.values(), **options), Inputs(doubles, {}, inputs.dout.cpu().double(), inputs.constant))
     reached = any(not torch.isfinite(t).all() for t in truth.values())
     # Small maps do not meet the corner of the filter, and an infinite bias shuts or opens a gate.
     assert reached or (name == "weight" and border) or name == "b2", "nothing to see"
@@ -368,7 +327,8 @@ def check_not_finite(case: Case, dtype: torch.dtype, backend: str, name: str, va
         assert select(case.op, *inputs.tensors.values()).backend == backend
         actual = run(getattr(ops, case.op), inputs)
     for what, expected in truth.items():
-        kinds = (torch.isnan, torch.isposinf, torch.isneginf) if what == "out" or case.op != "depthwise_conv_norm" else (torch.isfinite,)
+        exact = case.op in ("depthwise_conv", "residual_scale") or (case.op, what) == ("depthwise_conv_norm", "out")
+        kinds = (torch.isnan, torch.isposinf, torch.isneginf) if exact else (torch.isfinite,)
         for kind in kinds:
             wrong = (kind(actual[what].cpu()) != kind(expected)).sum().item()
             assert not wrong, f"{case.op} {case} {value} in {name}: {what} differs in {wrong} of {expected.numel()} places"

@@ -36,5 +36,5 @@ def any_processor(monkeypatch):
     test_registry.py and test_patch_linear.py are about where torch's own kernels are chosen because they are faster.
     """
     monkeypatch.setattr("fastconv.ops._linear.PREFERS_CONVOLUTION", False)
-    monkeypatch.setitem(_registry.MIN_CPU_ELEMENTS, "residual_scale", 0)
-    monkeypatch.setitem(_registry.MIN_CPU_ELEMENTS, "squeeze_excite", 0)
+    for op in _registry.MIN_CPU_ELEMENTS:
+        monkeypatch.setitem(_registry.MIN_CPU_ELEMENTS, op, 0)

@@ -9,7 +9,7 @@ from torch import nn
 
 import fastconv
 
-OPS = ("depthwise_conv_norm", "residual_scale")
+OPS = ("depthwise_conv_norm", "residual_scale", "gelu_linear")
 
 
 def make(blocks=2, drop_path=0.0, **kw):

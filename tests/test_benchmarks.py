@@ -75,8 +75,10 @@ def test_a_wrong_kernel_is_not_timed(tmp_path, dims, exit_code):
 
 
 def test_models_end_to_end(tmp_path):
-    result, record = bench(tmp_path, "--no-compile", "-k", "test_model", "--model", "timm:convnext_atto")
+    names = ("timm:convnext_atto", "timm:test_convnext")
+    result, record = bench(tmp_path, "--no-compile", "-k", "test_model", "--model", names[0], "--model", names[1])
     assert result.returncode == 0, result.stdout + result.stderr
+    assert {r["case"].split()[0] for r in record["rows"]} == set(names)
     modes = {(r["case"].split()[-1], r["entrant"]) for r in record["rows"]}
     layouts = ("NCHW", "channels_last")
     assert modes == {(mode, f"{who} {layout}") for mode in ("training", "inference") for who in ("eager", "ours") for layout in layouts}

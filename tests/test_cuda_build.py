@@ -89,8 +89,8 @@ def resources(binary: pathlib.Path) -> dict[tuple[str, str], Usage]:
     return {(arch, short[name]): usage for (arch, name), usage in found.items()}
 
 
-def wide_accesses(binary: pathlib.Path) -> dict[tuple[str, str], tuple[int, int]]:
-    """(architecture, kernel) -> 128-bit loads from and stores to global memory, in the machine code."""
+def instructions(binary: pathlib.Path) -> dict[tuple[str, str], tuple[int, int, int]]:
+    """(architecture, kernel) -> 128-bit loads from and stores to global memory and tensor-core products, in the machine code."""
     path = f"{pathlib.Path(tool('nvdisasm')).parent}{os.pathsep}{os.environ['PATH']}"
     arch, name, counts = "", "", {}
     for line in output_of(tool("cuobjdump"), "-sass", binary, env={**os.environ, "PATH": path}).splitlines():
@@ -98,12 +98,13 @@ def wide_accesses(binary: pathlib.Path) -> dict[tuple[str, str], tuple[int, int]
         if header:
             arch, name = header[1] or arch, header[2] or ""
             if name:
-                counts[arch, name] = [0, 0]
+                counts[arch, name] = [0, 0, 0]
         elif name:
             counts[arch, name][0] += bool(re.search(r"\b(LDG\.E|LDGSTS)\S*\.128\b", line))
             counts[arch, name][1] += bool(re.search(r"\bSTG\.E\S*\.128\b", line))
+            counts[arch, name][2] += bool(re.search(r"\bHMMA\.16816\.F32", line))
     short = dict(zip({name for _, name in counts}, short_names(list({name for _, name in counts}))))
-    return {(arch, short[name]): tuple(pair) for (arch, name), pair in counts.items()}
+    return {(arch, short[name]): tuple(found) for (arch, name), found in counts.items()}
 
 
 def nvcc_version() -> str:
@@ -186,10 +187,11 @@ def test_resources_do_not_grow_in_silence(found):
     assert not difference, "if that is wanted, run python tests/test_cuda_build.py and commit:\n" + "\n".join(difference)
 
 
-def test_global_memory_is_reached_in_16_bytes():
-    counts = wide_accesses(LIBRARY)
+def test_global_memory_is_reached_in_16_bytes_and_tensor_cores_where_the_name_says():
+    counts = instructions(LIBRARY)
     assert counts.keys() == resources(LIBRARY).keys()
-    for (arch, name), (loads, stores) in counts.items():
+    for (arch, name), (loads, stores, products) in counts.items():
+        assert (products > 0) == ("_mma_" in name), f"{name} on {arch}: {products} HMMA"
         if not any(re.fullmatch(pattern, name) for pattern in SCALAR):
             assert loads and stores, f"{name} on {arch}: {loads} LDG.128, {stores} STG.128"
     names = {name for _, name in counts}
@@ -211,8 +213,7 @@ def test_it_loads_and_doctor_says_what_it_is():
     assert _library.cuda_missing == ""
     line = doctor.facts()["CUDA kernels"]
     assert line.startswith(f"built by nvcc {nvcc_version()} for sm_80, ") and "sm_90" in line and "compute_90" in line
-    for op, backends in _registry.OPS.items():
-        assert "cuda" in backends
+    for op in (op for op, backends in _registry.OPS.items() if "cuda" in backends):
         for name in _registry.hub(op).SCHEMAS:
             assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fastconv::{name}", "CUDA"), name
         assert doctor.missing(op, "cuda") == ("" if torch.cuda.is_available() else "torch sees no GPU")

@@ -13,6 +13,7 @@ from simt.control import SHARED_LIMIT, Simulator
 
 import fastconv
 from fastconv import ops
+from fastconv.ops import _registry
 from fastconv.testing import CASES
 
 
@@ -136,7 +137,7 @@ def spoilt(right, when):
 def test_repeat(monkeypatch, capsys):
     options = {"device": "cpu", "backends": ("cpu",), "batch": 2, "stages": ((6, 16),), "runs": 3, "seconds": 60}
     assert checks.repeat(**options) == 0
-    assert capsys.readouterr().out.count("equal bits in 3 runs") == 2 * len(CASES)
+    assert capsys.readouterr().out.count("equal bits in 3 runs") == 2 * len(checks.own_bits(("cpu",))) > 0
     monkeypatch.setattr(ops, "residual_scale", spoilt(ops.residual_scale, lambda i, out: i == 2))
     assert checks.repeat(**options) == 1
     assert "cpu residual_scale 2x6x6x16 bfloat16: differs in out" in capsys.readouterr().out
@@ -145,7 +146,7 @@ def test_repeat(monkeypatch, capsys):
 def test_huge(monkeypatch, capsys):
     options = {"device": "cpu", "backends": ("cpu",), "elements": 300_000}
     assert checks.huge(**options) == 0
-    assert capsys.readouterr().out.count("as one image alone") == len(CASES)
+    assert capsys.readouterr().out.count("as one image alone") == len(checks.own_bits(("cpu",))) > 0
 
     def wrap(right):  # the last image is never written
         def op(x, *args, **kwargs):
@@ -163,7 +164,7 @@ def test_contract_calls():
     calls = list(checks.contract_calls("cuda", checks.BACKENDS))
     ran = {(function.__name__, args[0].op, args[1], args[2]) for function, args in calls}
     for op in CASES:
-        for backend in checks.BACKENDS:
+        for backend in {*checks.BACKENDS} & {*_registry.OPS[op]}:
             assert {("check_op", op, dtype, backend) for dtype in checks.DTYPES} <= ran
             assert ("check_not_finite", op, torch.bfloat16, backend) in ran
     assert any(0 in args[0].shape for _, args in calls)

@@ -19,7 +19,7 @@ from fastconv.ops._registry import OPS
 from fastconv.testing import CASES, check_op
 
 CSRC = pathlib.Path(__file__).parent.parent / "csrc"
-GLUE = ("ops", "depthwise_conv", "depthwise_conv_norm", "residual_scale", "squeeze_excite")
+GLUE = ("ops", "depthwise_conv", "depthwise_conv_norm", "gelu_linear", "global_response_norm", "residual_scale", "squeeze_excite")
 KERNELS = ("kernels_default",)
 COMPILER = os.environ.get("CXX", "c++").split()
 FLAGS = ["-O0", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno", "-Wno-psabi"]
@@ -68,11 +68,15 @@ MUTANTS = {
         "glue.h",
         "slice < slices; ++slice)\n        for",
         "slice + 1 < slices; ++slice)\n        for",
-        tuple(sorted({*OPS} - {"squeeze_excite"})),  # which adds up its own
+        tuple(sorted({*OPS} - {"gelu_linear", "squeeze_excite"})),  # which add up their own
     ),
     "mask forgotten": (TAIL, "load_lanes<A>(y + row + c, lanes) * mask;", "load_lanes<A>(y + row + c, lanes);", ("residual_scale",)),
     "mask forgotten in dgamma": (TAIL, "+ sum * mask, lanes)", "+ sum, lanes)", ("residual_scale",)),
     "dgamma of the last chunk alone": (TAIL, "load_lanes<A>(dgamma + c, lanes) + sum * mask", "sum * mask", ("residual_scale",)),
+    "sum of the last pixel alone": ("global_response_norm_kernel.h", "first += a * d;", "first = a * d;", ("global_response_norm",)),
+    "last band lost": ("global_response_norm.cpp", "band < p.bands; ++band", "band + 1 < p.bands; ++band", ("global_response_norm",)),
+    "mean of the norms without gradient": ("global_response_norm.cpp", "* scale - through_mean;", "* scale;", ("global_response_norm",)),
+    "density lost": ("activation_kernel.h", "cdf + x * density * 0.398942280f", "cdf", ("gelu_linear", "global_response_norm")),
     "half stores truncate": ("vec.h", "(bits + 0x7FFF + ((bits >> 16) & 1)) >> 16", "bits >> 16", ("rounding",)),
 }
 GATE, LAYER = "squeeze_excite_kernel.h", "layer_kernel.h"
@@ -83,6 +87,8 @@ MUTANTS |= {
     "a layer's last inputs lost": (LAYER, "if (full < K) {", "if (full > K) {", ("squeeze_excite",)),
     "derivative of the act lost": (LAYER, "if (p.gradient_at) v = ", "if (p.gradient_at) ", ("squeeze_excite",)),
     "gate of another image": (GATE, "factor + n * C", "factor", ("squeeze_excite",)),
+    "repeated gate of another image": (GATE, "ready = n == image", "ready = image >= 0", ("squeeze_excite",)),
+    "planes that start late": (GATE, "if (i > 0) step(0, i);", "", ("squeeze_excite",)),
 }
 QUICK = (
     "one chunk of a plane",
@@ -93,6 +99,7 @@ QUICK = (
     "bias gradient dropped",
     "a term of the norm lost",
     "partial sum lost",
+    "density lost",
 )
 
 # Loads the library given on the command line where `import fastconv` loads its own, and holds an op to its contract.
@@ -113,7 +120,7 @@ try:
         from test_cpu_kernels import test_rounding_to_half
         test_rounding_to_half(torch.bfloat16)
     else:
-        for case in sorted(CASES[op], key=lambda case: case.shape[-2] - case.shape[1]):  # tall maps first
+        for case in sorted(CASES[op], key=lambda case: case.shape[-2:][0] - case.shape[:2][-1]):  # tall maps first
             check_op(case, torch.float32, "cpu")
 except AssertionError as error:
     print(op, error)
@@ -178,7 +185,7 @@ def test_a_mutated_kernel_turns_red(name, objects, tmp_path):
     assert text.count(code) == 1, f"{file} holds the code to mutate {text.count(code)} times: {code!r}"
     path.write_text(text.replace(code, bug))
     mutated = {}
-    for stem in GLUE if file == "glue.h" else KERNELS:
+    for stem in GLUE if file == "glue.h" else (file.removesuffix(".cpp"),) if file.endswith(".cpp") else KERNELS:
         mutated[stem] = tmp_path / f"{stem}.o"
         compile_object(root / "cpu" / f"{stem}.cpp", root, mutated[stem])
     library = link(list({**objects, **mutated}.values()), tmp_path / "mutant.so")

@@ -23,7 +23,7 @@ def test_any_subset_of_gradients(op, dtype):
         for wanted in itertools.combinations(GRADIENTS[op], count):
             some = on_cpu_kernels(op, inputs, wanted)
             assert some.keys() == {"out", *("d" + name for name in wanted)}
-            same_bits(some, full)
+            same_bits(some, full, op)
 
 
 @every_op
@@ -52,7 +52,7 @@ def test_sum_and_unused_results(op):
         out = getattr(ops, op)(**leaves)
         out.sum().backward()
         expected = on_cpu_kernels(op, inputs._replace(dout=torch.ones_like(out)))
-        same_bits({f"d{n}": t.grad for n, t in leaves.items() if t.requires_grad}, expected)
+        same_bits({f"d{n}": t.grad for n, t in leaves.items() if t.requires_grad}, expected, op)
 
 
 @every_op
@@ -63,7 +63,7 @@ def test_inference_saves_nothing_and_gives_the_bits_of_training(op, dtype):
     for context in (torch.no_grad, torch.inference_mode):
         with context(), RawCalls() as recorded:
             result = on_cpu_kernels(op, inputs, ())
-        same_bits(result, trained)
+        same_bits(result, trained, op)
         (call,) = recorded.calls
         assert [r.numel() > 0 for r in call[2]] == [True] + [False] * (len(call[2]) - 1)
     parameters = {name: t.requires_grad_(name not in inputs.constant) for name, t in inputs.tensors.items()}
@@ -121,7 +121,7 @@ def test_saved_tensors_hooks(op):
         return len(stored) - 1
 
     with torch.autograd.graph.saved_tensors_hooks(pack, stored.__getitem__):
-        same_bits(on_cpu_kernels(op, inputs), on_cpu_kernels(op, inputs))
+        same_bits(on_cpu_kernels(op, inputs), on_cpu_kernels(op, inputs), op)
     assert stored
 
 
@@ -137,7 +137,7 @@ def test_checkpoint(op, reentrant):
     leaves = {n: t.detach().requires_grad_(n not in inputs.constant) for n, t in inputs.tensors.items()}
     with use_backend("cpu"):
         checkpointed(**leaves).backward(inputs.dout)
-    same_bits({f"d{n}": t.grad for n, t in leaves.items() if t.requires_grad}, plain)
+    same_bits({f"d{n}": t.grad for n, t in leaves.items() if t.requires_grad}, plain, op)
 
 
 @every_op

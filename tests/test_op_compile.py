@@ -39,13 +39,13 @@ def test_compile(op, dynamic):
     with use_backend("cpu"):
         got = run(compiled, inputs)
         with torch.no_grad():
-            same_bits(run(compiled, inputs, ()), got)
+            same_bits(run(compiled, inputs, ()), got, op)
     eager = run(hub(op).reference, inputs)
     truth = truth_of(op, inputs)
     for name in truth:
         assert_matches(got[name], eager[name], truth[name], grad=name != "out", dtype=torch.float32, name=name)
     if op != "residual_scale":  # plain PyTorch under compile, by design
-        same_bits(got, on_cpu_kernels(op, inputs))
+        same_bits(got, on_cpu_kernels(op, inputs), op)
 
 
 def test_compile_with_inductor():

@@ -38,7 +38,7 @@ LAYOUTS = {
 def test_layouts_of_activations(op, dtype, layout):
     inputs = make_inputs(SMALL[op], dtype)
     change = LAYOUTS[layout]
-    tensors = {name: change(t) if t.shape == inputs.dout.shape else t for name, t in inputs.tensors.items()}
+    tensors = {name: change(t) if t.shape[:-1] == inputs.dout.shape[:-1] else t for name, t in inputs.tensors.items()}
     given = inputs._replace(tensors=tensors, dout=change(inputs.dout))
     if (op, layout) == ("squeeze_excite", "nchw"):  # taken as it lies: the bits of the same memory called NCHW
         first = {n: t.permute(0, 3, 1, 2) if t.shape == inputs.dout.shape else t for n, t in tensors.items()}
@@ -46,9 +46,9 @@ def test_layouts_of_activations(op, dtype, layout):
         got, expected = on_cpu_kernels(op, given), on_cpu_kernels(op, nchw)
         assert got["out"].stride() == tensors["x"].stride()
         expected |= {n: expected[n].permute(0, 2, 3, 1) for n in ("out", "dx")}
-        return same_bits(got, expected)
+        return same_bits(got, expected, op)
     dense = {name: t.contiguous() for name, t in tensors.items()}
-    same_bits(on_cpu_kernels(op, given), on_cpu_kernels(op, inputs._replace(tensors=dense, dout=given.dout.contiguous())))
+    same_bits(on_cpu_kernels(op, given), on_cpu_kernels(op, inputs._replace(tensors=dense, dout=given.dout.contiguous())), op)
 
 
 @every_op
@@ -56,6 +56,6 @@ def test_layouts_of_activations(op, dtype, layout):
 @pytest.mark.parametrize("change", (strided, offset, lambda t: t.flatten()[0].expand_as(t)), ids=("strided", "offset", "expanded"))
 def test_layouts_of_parameters(op, dtype, change):
     inputs = make_inputs(SMALL[op], dtype)
-    tensors = {name: t if t.shape == inputs.dout.shape else change(t) for name, t in inputs.tensors.items()}
+    tensors = {name: t if t.shape[:-1] == inputs.dout.shape[:-1] else change(t) for name, t in inputs.tensors.items()}
     dense = inputs._replace(tensors={name: t.contiguous() for name, t in tensors.items()})
-    same_bits(on_cpu_kernels(op, inputs._replace(tensors=tensors)), on_cpu_kernels(op, dense))
+    same_bits(on_cpu_kernels(op, inputs._replace(tensors=tensors)), on_cpu_kernels(op, dense), op)

@@ -28,9 +28,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def faults_of(case) -> set[tuple[str, str]]:
     """What the bound of a case must reject, unless it is too small to tell right from wrong."""
     tensors = {"out", *(f"d{name}" for name in GRADIENTS[case.op] if name not in case.without)}
-    moved = {"depthwise_conv": {"out", "dx", "dweight"}, "depthwise_conv_norm": tensors - {"dbias", "dnorm_bias"}}
+    moved = {"residual_scale": {"out", "dy", "dgamma"}, "depthwise_conv_norm": tensors - {"dbias", "dnorm_bias"}}
     moved |= {"squeeze_excite": tensors - {"db1", "db2", *(("dw1",) if "w2" in case.without else ())}}
-    moved = moved.get(case.op, {"out", "dy", "dgamma"}) & tensors
+    moved = moved.get(case.op, {"out", "dx", "dweight"}) & tensors
     return {*itertools.product(("zero", "one channel"), tensors), *itertools.product(("moved",), moved)}
 
 
@@ -69,6 +69,8 @@ def test_dtypes_under_autocast(op, compute, backend):
     case = SMALL[op]
     for wide_x, wide_weight, wide_norm, wide_out in itertools.product((False, True), repeat=4):
         flags = {"x": wide_x, "weight": wide_weight, "norm": wide_norm, "out": wide_out}
+        if op == "gelu_linear" and wide_norm:
+            continue  # its result has the dtype of the products
         if op == "residual_scale":
             flags = {"shortcut": wide_x, "y": wide_weight, "gamma": wide_norm, "mask": wide_out}
         if op == "squeeze_excite":
@@ -120,7 +122,7 @@ def test_same_bits_for_any_number_of_threads(op, dtype, threads):
             threads(count)
             results.append(on_cpu_kernels(op, inputs))
         for result in results[1:]:
-            same_bits(result, results[0])
+            same_bits(result, results[0], op)
     assert torch.equal(torch.get_rng_state(), state)
 
 

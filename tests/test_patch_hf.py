@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from patch_contract import PatchContract, SingleProcessContract, assert_agree, step
+from patch_contract import V2, PatchContract, SingleProcessContract, assert_agree, step
 from transformers import (
     ConvNextConfig,
     ConvNextForImageClassification,
@@ -27,6 +27,7 @@ class TestConvNext(PatchContract):
 
 class TestConvNextV2(PatchContract):
     blocks = 5
+    ops = V2
 
     def make(self, drop_path=0.0):
         return ConvNextV2Model(ConvNextV2Config(**SIZES, drop_path_rate=drop_path))
@@ -42,14 +43,14 @@ class TestDINOv3ConvNext(SingleProcessContract):
 def test_default_model_is_fused():
     report = fastconv.patch(ConvNextModel(ConvNextConfig()))
     assert report.blocks == (18, 18)
-    assert len(report.fused) == 36
+    assert len(report.fused) == 54
 
 
 def test_no_layer_scale():
     model, plain = (ConvNextModel(ConvNextConfig(**SIZES, layer_scale_init_value=0.0)) for _ in range(2))
     plain.load_state_dict(model.state_dict())
     report = fastconv.patch(model)
-    assert {s.op for s in report.fused} == {"depthwise_conv_norm"}
+    assert {s.op for s in report.fused} == {"depthwise_conv_norm", "gelu_linear"}
     assert {s.reason for s in report.native} == {"a plain sum"}
     x = torch.randn(2, 3, 64, 64)
     assert_agree(step(model, x), step(plain, x))

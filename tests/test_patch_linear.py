@@ -13,7 +13,7 @@ import torchvision
 from official_convnext import Network
 from patch_contract import SingleProcessContract
 from patch_helpers import assert_agree, randomise_, step
-from patch_small import backends, images, make, pair
+from patch_small import OPS, backends, images, make, pair
 from torch import nn
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -163,7 +163,7 @@ def test_changed_after_patch(change, reason):
     """The original layers run. Nothing fused is lost, so there is no warning, not even under strict=True."""
     plain = make()
     model = copy.deepcopy(plain)
-    fastconv.patch(model, strict=True)
+    fastconv.patch(model, ops=("depthwise_conv_norm", "residual_scale", "linear"), strict=True)
     for m in (model, plain):
         change(m[0])
     with warnings.catch_warnings():
@@ -221,7 +221,7 @@ def test_switches():
     with fastconv.use_backend("eager"):
         assert torch.equal(model(images()), plain(images()))
     assert site_of(model).backend == "eager" and not site_of(model).fallbacks
-    fused = fastconv.patch(model, ops=("depthwise_conv_norm", "residual_scale"))
+    fused = fastconv.patch(model, ops=OPS)
     assert "linear" not in {s.op for s in fused.sites}
     alone = fastconv.patch(model, ops="linear")
     assert {s.op for s in alone.sites} == {"linear"}
@@ -237,6 +237,7 @@ def test_switches():
 def test_bounds(monkeypatch, bound, value):
     """Two images of 7 x 5 are 70 rows, of 8 channels and of 32."""
     model, _ = pair()
+    fastconv.patch(model, ops="linear")
     monkeypatch.setattr(_linear, bound, value)
     model(images())
     assert site_of(model).backend == "eager"
@@ -248,5 +249,5 @@ def test_bounds(monkeypatch, bound, value):
 def test_elsewhere_nothing_is_listed(monkeypatch):
     monkeypatch.setattr(_linear, "PREFERS_CONVOLUTION", False)
     model, plain = pair()
-    assert {s.op for s in fastconv.report(model).sites} == {"depthwise_conv_norm", "residual_scale"}
+    assert {s.op for s in fastconv.report(model).sites} == set(OPS)
     assert_agree(step(model, images()), step(plain, images()))

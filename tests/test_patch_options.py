@@ -27,7 +27,7 @@ def test_import_touches_nothing():
 
 
 def test_unknown_op_lists_the_known():
-    with pytest.raises(ValueError, match="depthwise_conv_norm, residual_scale, linear, squeeze_excite, got 'batch_norm'"):
+    with pytest.raises(ValueError, match="residual_scale, global_response_norm, gelu_linear, linear, squeeze_excite, got 'batch_norm'"):
         fastconv.patch(make(), ops=["residual_scale", "batch_norm"])
 
 
@@ -84,7 +84,7 @@ def test_partly_fused_block():
     plain = randomise_(timm.models.convnext.ConvNeXtBlock(8, 16, stride=2, ls_init_value=0.5, drop_path=0.3))
     model = copy.deepcopy(plain)
     report = fastconv.patch(model)
-    assert [(s.op, s.status) for s in report.sites] == [("depthwise_conv_norm", "declined"), ("residual_scale", "fused")]
+    assert [(s.op, s.status) for s in report.sites] == [(OPS[0], "declined"), (OPS[1], "fused"), (OPS[2], "fused")]
     assert report.blocks == (0, 1)
     results = []
     for m in (model, plain):
@@ -166,7 +166,7 @@ def test_small_maps_leave_the_tail_to_torch(monkeypatch):
         torch.manual_seed(0)
         results.append(step(m, images(8)))
     assert_agree(*results)
-    assert backends(model) == {"depthwise_conv_norm": "cpu", "residual_scale": "native"}
+    assert backends(model) == {"depthwise_conv_norm": "cpu", "residual_scale": "native", "gelu_linear": "cpu"}
     assert fastconv.report(model).blocks == (2, 2) and not any(s.fallbacks for s in fastconv.report(model).sites)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         model(images())

@@ -57,4 +57,4 @@ class TestConvNeXt(PatchContract):
 def test_convnext_tiny():
     report = fastconv.patch(torchvision.models.convnext_tiny())
     assert report.blocks == (18, 18)
-    assert len(report.fused) == 36
+    assert len(report.fused) == 54

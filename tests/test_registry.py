@@ -16,7 +16,7 @@ from fastconv.ops._registry import OPS, hub, missing, select
 from fastconv.testing import CASES, RawCalls, make_inputs, run
 
 every_op = pytest.mark.parametrize("op", sorted(OPS))
-every_cuda_op = pytest.mark.parametrize("op", sorted(op for op in OPS if "cuda" in OPS[op]))
+every_op_on_cuda = pytest.mark.parametrize("op", sorted(op for op in OPS if "cuda" in OPS[op]))
 
 
 def raw_namespaces(op, inputs):
@@ -58,7 +58,7 @@ def test_torchs_own_kernels_where_they_are_faster(monkeypatch):
         assert select("residual_scale", small, small, gamma, None).backend == "cpu"
 
 
-@every_cuda_op
+@every_op_on_cuda
 def test_cuda_says_why(op, monkeypatch):
     def reason(device="cuda", dtype=torch.float32):
         return missing(op, "cuda", device, (dtype,))
@@ -87,7 +87,7 @@ class OnCuda:
         self.dtype = dtype
 
 
-@every_cuda_op
+@every_op_on_cuda
 def test_order_on_cuda(op, monkeypatch):
     """CUDA C++, then Triton, then eager."""
     monkeypatch.setattr(_library, "cuda_missing", "")

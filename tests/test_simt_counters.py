@@ -1,8 +1,8 @@
 """Memory traffic and bank conflicts of the CUDA kernels at the four stages of ConvNeXt-T, counted by the simulator in bfloat16.
 
 With E elements an activation takes 2 E bytes. `distinct`: bytes of activations that a kernel touches, each sector once a
-launch and use; `total`: as often as warps ask for it, the halo of tiles included. Parameters, statistics and partial sums are
-a column of their own.
+launch and use, so that what one launch writes and the next reads back counts twice; `total`: as often as warps ask for it, the
+halo of tiles included. Parameters, statistics and partial sums are a column of their own.
 """
 
 import ctypes
@@ -21,11 +21,15 @@ from fastconv.testing import Case, RawCalls, make_inputs, run
 
 STAGES = {1: (1, 56, 56, 96), 2: (1, 28, 28, 192), 3: (1, 14, 14, 384), 4: (2, 7, 7, 768)}
 SECTOR = 32
-# Activations that the backward must move at least, in activations (2 E bytes each): kernels read and write each once.
-BACKWARD = {"depthwise_conv": 3, "depthwise_conv_norm": 6, "residual_scale": 3}
-# The norm runs apart and reads z back at once, from the L2 cache on a GPU: floors count x, z and y.
-FORWARD = {"depthwise_conv": 2, "depthwise_conv_norm": 3, "residual_scale": 3}
-READ_BACK = {"depthwise_conv_norm": 1}  # of those that forward moves, beyond the floor
+SHARED = {"sm_80": 163 << 10, "sm_86": 99 << 10, "sm_90": 227 << 10}  # bytes of a block
+# What a pass must move at least, in activations (2 E bytes each): kernels read and write each once. `infer`: forward without
+# anything for backward.
+FLOORS = {
+    "depthwise_conv": {"fwd": 2, "infer": 2, "bwd": 3},
+    "depthwise_conv_norm": {"fwd": 3, "infer": 2, "bwd": 6},
+    "residual_scale": {"fwd": 3, "infer": 3, "bwd": 3},
+}
+NO_SHARED = (("residual_scale", "fwd"), ("residual_scale", "infer"))  # passes without shared memory
 PARTIALS = {"depthwise_conv": (0,), "depthwise_conv_norm": (0, 1), "residual_scale": (2,)}
 
 
@@ -64,10 +68,10 @@ def traffic_of(call, launches: list[Launch]) -> Traffic:
     return Traffic(distinct * SECTOR / size, total * SECTOR / size, rest * SECTOR / size, launches)
 
 
-def count(op: str, shape: tuple[int, ...]) -> dict[str, Traffic]:
-    """Traffic of the forward and of the backward pass in training."""
+def count(op: str, shape: tuple[int, ...], wanted=None, gpu: str = "sm_90") -> dict[str, Traffic]:
+    """Traffic of the forward and of the backward pass; `wanted`: the gradients, by default all."""
     inputs = make_inputs(Case(op, shape), torch.bfloat16)
-    with simulated() as simulator, simulator.settings(count=True), use_backend("cuda"):
+    with simulated() as simulator, simulator.settings(count=True, shared_limit=SHARED[gpu]), use_backend("cuda"):
         real, found = RawCalls.__torch_dispatch__, {}
 
         class Calls(RawCalls):
@@ -80,8 +84,8 @@ def count(op: str, shape: tuple[int, ...]) -> dict[str, Traffic]:
                 return result
 
         with Calls():
-            run(getattr(ops, op), inputs)
-    assert found.keys() == {"fwd", "bwd"}
+            run(getattr(ops, op), inputs, wanted)
+    assert found.keys() == ({"fwd", "bwd"} if wanted is None else {"fwd"})
     return found
 
 
@@ -91,27 +95,37 @@ def counted():
 
     def get(op, stage):
         if (op, stage) not in kept:
-            kept[op, stage] = count(op, STAGES[stage])
+            kept[op, stage] = {**count(op, STAGES[stage]), "infer": count(op, STAGES[stage], ())["fwd"]}
         return kept[op, stage]
 
     return get
 
 
-every_op = pytest.mark.parametrize("op", sorted(FORWARD))
+every_op = pytest.mark.parametrize("op", sorted(FLOORS))
 every_stage = pytest.mark.parametrize("stage", STAGES)
+
+
+def check_floor(name: str, traffic: Traffic, floor: int) -> None:
+    print(f"{name}: floor {floor}, distinct {traffic.distinct:.3f}, total {traffic.total:.3f}, rest {traffic.rest:.3f}")
+    assert floor <= traffic.distinct + 1e-3 and traffic.distinct <= 1.05 * floor, (name, traffic.distinct)
+    assert traffic.total <= 1.6 * floor, (name, traffic.total)
 
 
 @every_op
 @every_stage
 def test_traffic(op, stage, counted):
-    forward, backward = counted(op, stage)["fwd"], counted(op, stage)["bwd"]
-    read_back = READ_BACK.get(op, 0)
-    for name, traffic, floor, extra in (("forward", forward, FORWARD[op], read_back), ("backward", backward, BACKWARD[op], 0)):
-        print(
-            f"{op} stage {stage} {name}: floor {floor}, distinct {traffic.distinct:.3f}, total {traffic.total:.3f}, rest {traffic.rest:.3f}"
-        )
-        assert floor + extra <= traffic.distinct + 1e-3 and traffic.distinct <= 1.05 * floor + extra, (name, traffic.distinct)
-        assert traffic.total <= 1.6 * floor, (name, traffic.total)
+    for name, floor in FLOORS[op].items():
+        check_floor(f"{op} stage {stage} {name}", counted(op, stage)[name], floor)
+
+
+@pytest.mark.parametrize("gpu", ("sm_80", "sm_86"))
+@every_stage
+def test_traffic_of_the_norm_with_less_shared_memory(gpu, stage):
+    traffic = count("depthwise_conv_norm", STAGES[stage], (), gpu)["fwd"]
+    apart = (gpu, stage) == ("sm_86", 4)  # no tile of 768 channels keeps four warps busy: z is written, and read back
+    check_floor(f"stage {stage} {gpu}", traffic, FLOORS["depthwise_conv_norm"]["infer"] + 2 * apart)
+    assert len(traffic.launches) == 1 + apart
+    assert all(launch.shared_bytes <= SHARED[gpu] and wavefronts(launch) <= 1.2 for launch in traffic.launches)
 
 
 @every_op
@@ -120,17 +134,18 @@ def test_the_floors_are_those_of_the_geometry(op):
 
     N, H, W, C = 128, 56, 56, 96
     E = N * H * W * C
-    if op == "residual_scale":
-        assert native.residual_scale_bytes(E, 2) == FORWARD[op] * 2 * E and native.residual_scale_bwd_bytes(E, 2) == BACKWARD[op] * 2 * E
-    else:
-        assert getattr(native, f"{op}_bytes")(N, H, W, C, 7, 2) == FORWARD[op] * 2 * E
-        assert getattr(native, f"{op}_bwd_bytes")(N, H, W, C, 7, 2) == BACKWARD[op] * 2 * E
+    shape = (E, 2) if op == "residual_scale" else (N, H, W, C, 7, 2)
+    names = {"fwd": f"{op}_bytes", "infer": f"{op}_infer_bytes", "bwd": f"{op}_bwd_bytes"}
+    for name, floor in FLOORS[op].items():
+        bytes_of = getattr(native, names[name], None) or getattr(native, names["fwd"])  # what is alike has one name
+        assert bytes_of(*shape) == floor * 2 * E
 
 
 @every_op
 @every_stage
 def test_partials(op, stage, counted):
-    """Written once and read once: as many as the geometry says at this batch, at most 5% of the floor at batch 128."""
+    """Written once and read once: as many as the geometry says at this batch; at batch 128 at most 5% of the floor, where that
+    leaves blocks enough."""
     floats = Simulator(build.probes()).library.probe_partial_floats
     floats.restype = ctypes.c_int64
 
@@ -145,19 +160,25 @@ def test_partials(op, stage, counted):
     statistics = 2 * 4 * int(np.prod(STAGES[stage][:3])) if op == "depthwise_conv_norm" else 0
     assert partials <= counted_rest + 64 <= partials + 2 * parameters + statistics + 4096  # parameters read, their gradients written
     partials, activation = traffic(128)
-    block = 6 if op == "depthwise_conv" else BACKWARD[op]  # the convolution's are half of a block's 12 E bytes
-    assert partials <= 0.05 * block * activation, f"{partials / block / activation:.3f}"
+    # Stage 4 has 24 chunks of channels: 4 partials would stay below 5% and leave 36 of 132 multiprocessors idle, 5 leave 12.
+    most = 0.055 if (op, stage) == ("depthwise_conv", 4) else 0.05
+    assert partials <= most * FLOORS[op]["bwd"] * activation, f"{partials / FLOORS[op]['bwd'] / activation:.3f}"
 
 
-@pytest.mark.parametrize("op", ("depthwise_conv", "depthwise_conv_norm"))  # the loop of residual_scale uses no shared memory
+def wavefronts(launch: Launch) -> float:
+    """Of shared memory, for each that accesses free of conflicts would take."""
+    return launch.sum("wavefronts", space="shared") / max(1, launch.sum("ideal", space="shared"))
+
+
+@every_op
 @every_stage
 def test_bank_conflicts(op, stage, counted):
     for name, traffic in counted(op, stage).items():
         for launch in traffic.launches:
-            wavefronts, ideal = (launch.sum(field, space="shared") for field in ("wavefronts", "ideal"))
             worst = sorted(launch.lines, key=lambda line: line.ideal - line.wavefronts)[:3]
-            assert wavefronts <= 1.2 * ideal, (name, wavefronts / ideal, worst)
-        assert any(launch.sum("accesses", space="shared") > 1000 for launch in traffic.launches)
+            assert wavefronts(launch) <= 1.2, (name, wavefronts(launch), worst)
+        used = max(launch.sum("accesses", space="shared") for launch in traffic.launches)
+        assert used > (100 if op == "residual_scale" else 1000) or (op, name) in NO_SHARED
 
 
 @every_op

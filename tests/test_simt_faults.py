@@ -16,6 +16,7 @@ from simt.control import ORDERS
 
 CONV, BACKWARD = "cuda/depthwise_conv_kernel.cu", "cuda/depthwise_conv_bwd_kernel.cu"
 TILE, GENERAL = "cuda/conv_tile.cuh", "cuda/depthwise_conv_general_kernel.cu"
+JOINED = "cuda/depthwise_conv_norm_joined_kernel.cu"
 REDUCE, TAIL = "cuda/reduce_kernel.cu", "cuda/residual_scale_kernel.cu"
 CONTRACT, SANITIZER, CRASH = 3, 66, -11
 STAGED = """copy_async_wait<0>();
@@ -77,6 +78,19 @@ FAULTS = {
         "live-buffer overwrite",
         Bug(BACKWARD, "if (!p.partial) return;\n  sync_threads();", "if (!p.partial) return;"),
         "depthwise_conv:14:float32",
+    ),
+    "no barrier before the norm": race(
+        "missing barrier", Bug(JOINED, "sync_threads();\n  const int columns", "const int columns"), "depthwise_conv_norm:1:float32"
+    ),
+    "the norm's weights over a tile": race(
+        "live-buffer overwrite",
+        Bug(JOINED, "sync_threads();  // z is whole, and what was staged has been read", ""),
+        "depthwise_conv_norm:1:float32",
+    ),
+    "chunks staged over those before": race(
+        "live-buffer overwrite",
+        Bug(JOINED, "sync_threads();  // the chunks before have been read", ""),
+        "depthwise_conv_norm:4:bfloat16",
     ),
     "32-bit offset of a row": Fault(
         "int32 offset",

@@ -11,16 +11,18 @@ import pytest
 import torch
 from simt import build
 from simt.control import ORDERS
-from simt.hub import CUDA_OPS, NAMESPACE, load, simulated
+from simt.hub import NAMESPACE, load, simulated
 
 import fastconv
 from fastconv import ops, use_backend
 from fastconv.models.convnext import ConvNeXt
+from fastconv.ops._registry import OPS as ALL_OPS
 from fastconv.ops._registry import hub, select
 from fastconv.testing import CASES, Case, RawCalls, check_op, make_inputs, poisoned, run
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-every_op = pytest.mark.parametrize("op", CUDA_OPS)
+OPS = sorted(op for op, backends in ALL_OPS.items() if "cuda" in backends)
+every_op = pytest.mark.parametrize("op", OPS)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 every_order = pytest.mark.parametrize("order", ORDERS)
 
@@ -51,7 +53,7 @@ def same_bits(left: dict, right: dict) -> None:
 
 
 @every_order
-@pytest.mark.parametrize("case", [c for op in CUDA_OPS for c in CASES[op]], ids=lambda case: f"{case.op}-{case}")
+@pytest.mark.parametrize("case", [c for op in OPS for c in CASES[op]], ids=lambda case: f"{case.op}-{case}")
 def test_values_and_gradients(case, order):
     with simulated() as simulator, simulator.settings(order=order):
         for dtype in DTYPES:
@@ -67,6 +69,29 @@ def test_same_bits_in_every_order(op, dtype):
     first = on_simulator(op, inputs)
     for settings in ({"order": "reverse"}, {"order": "random", "seed": 3}, {"workers": 2}):
         same_bits(on_simulator(op, inputs, **settings), first)
+
+
+@every_dtype
+@pytest.mark.parametrize("case", (small("depthwise_conv_norm", 2, 15, 16, 96), small("depthwise_conv_norm", 3, 9, 7, 264, K=3)), ids=str)
+def test_one_launch_and_two_have_the_same_bits(case, dtype):
+    """The norm in the convolution's launch, and apart where x starts on no 16 bytes: z is rounded before it in both."""
+    names = ((), ("x",), ("weight", "norm"), ("out",), ("x", "weight", "norm", "out"))
+    if dtype != torch.float32:
+        case = case._replace(K=3)  # apart, 5x5 and 7x7 taps run on tensor cores, which add in another order
+    for wide in names if dtype != torch.float32 else names[:1]:
+        inputs = make_inputs(case._replace(wide=wide), dtype)
+        x = inputs.tensors["x"]
+        moved = inputs._replace(tensors={**inputs.tensors, "x": torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)})
+        forms = []
+        for given, launches in ((inputs, 1), (moved, 2)):
+            load().counted()
+            with RawCalls() as recorded:
+                y = on_simulator(case.op, given, (), count=True)["out"]
+            assert len(load().counted()) == launches
+            with RawCalls() as recorded:
+                on_simulator(case.op, given)
+            forms.append((y, *recorded.calls[0][2]))
+        assert all(left.numel() and torch.equal(left, right) for left, right in zip(*forms, strict=True)), wide
 
 
 @every_op
@@ -162,7 +187,7 @@ def test_a_patched_model_runs_on_the_kernels():
         return {"logits": logits.detach(), **{name: p.grad.clone() for name, p in model.named_parameters()}}
 
     expected = step()
-    fastconv.patch(model)
+    fastconv.patch(model, ops=("depthwise_conv_norm", "residual_scale"))  # gelu_linear has no CUDA kernels yet
     with simulated(), use_backend("cuda"), RawCalls() as recorded:
         got = step()
     called = {(func.namespace, func.__name__.split(".")[0]) for func, *_ in recorded.calls}
@@ -182,7 +207,7 @@ def chosen(largest: int) -> list[str]:
     names = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
     return [
         f"{op}:{i}:{names[i % 3]}"
-        for op in CUDA_OPS
+        for op in OPS
         for i, case in enumerate(CASES[op])
         if 0 < math.prod(case.shape) <= largest and DTYPES[i % 3] in case.dtypes
     ]
@@ -205,6 +230,6 @@ def check_in_process(variant: str, order: str, cases: list[str]) -> subprocess.C
 @pytest.mark.timeout(1800)
 def test_sanitizers_find_nothing(variant, order, largest):
     cases = chosen(largest)
-    assert len(cases) >= 20 and {case.split(":")[0] for case in cases} == set(CUDA_OPS)
+    assert len(cases) >= 20 and {case.split(":")[0] for case in cases} == set(OPS)
     result = check_in_process(variant, order, cases)
     assert result.returncode == 0 and f"{len(cases)} cases hold" in result.stdout, result.stdout + result.stderr[-6000:]

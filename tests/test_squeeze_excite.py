@@ -12,7 +12,7 @@ from fastconv.testing import Case, RawCalls, check_op, make_inputs
 @pytest.mark.parametrize("C, reduced", ((8, 1), (8, 8), (4096, 1), (4096, 300)))
 @pytest.mark.parametrize("data_format", ("NHWC", "NCHW"))
 def test_widths(C, reduced, data_format):
-    case = Case("squeeze_excite", (2, 3, 2, C), reduced=reduced, options=(("act", "silu"), ("data_format", data_format)))
+    case = Case("squeeze_excite", (2, 3, 2, C), act="silu", reduced=reduced, options=(("data_format", data_format),))
     check_op(case, torch.float32, "cpu")
 
 

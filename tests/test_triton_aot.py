@@ -23,18 +23,31 @@ CHOSEN = [
     ("depthwise_conv_norm", 192, 3, "float16"),
     ("depthwise_conv_norm", 70, 5, "bfloat16"),
     ("residual_scale", 96, 7, "bfloat16"),
+    ("global_response_norm", 384, 7, "bfloat16"),
+    ("gelu_linear", 96, 7, "float16"),
+    ("squeeze_excite", 96, 7, "bfloat16"),
 ]
 VARIANTS = [("depthwise_conv_norm", C, K, dtype) for C in SIZES for K in (3, 5, 7, 9) for dtype in ("float32", "bfloat16", "float16")]
-VARIANTS += [("residual_scale", C, 7, dtype) for C in SIZES for dtype in ("float32", "bfloat16", "float16")]
-CHOSEN += [("squeeze_excite", 96, 1, "bfloat16")]
-VARIANTS += [("squeeze_excite", C, 1, dtype) for C in SIZES for dtype in ("float32", "bfloat16", "float16")]
+VARIANTS += [
+    (op, C, 7, dtype)
+    for op in ("residual_scale", "global_response_norm", "gelu_linear", "squeeze_excite")
+    for C in SIZES
+    for dtype in ("float32", "bfloat16", "float16")
+]
 
 
 def launches(op: str, C: int, K: int, dtype: str) -> list:
     """(kernel, arguments, keywords) of each launch of the op's fwd and bwd, recorded on meta tensors."""
     import torch
     import triton
-    from fastconv.triton_kernels import depthwise_conv, depthwise_conv_norm, residual_scale, squeeze_excite
+    from fastconv.triton_kernels import (
+        depthwise_conv,
+        depthwise_conv_norm,
+        gelu_linear,
+        global_response_norm,
+        residual_scale,
+        squeeze_excite,
+    )
 
     recorded = []
     triton.JITFunction.run = lambda self, *args, grid, warmup, **kwargs: recorded.append((self, args, kwargs))
@@ -54,6 +67,12 @@ def launches(op: str, C: int, K: int, dtype: str) -> list:
     elif op == "depthwise_conv_norm":
         y, z, mean, rstd = depthwise_conv_norm.fwd(x, weight, vector, vector, vector, 1e-6, dtype, dtype, True)
         depthwise_conv_norm.bwd(y, x, weight, vector, z, mean, rstd, True, True, True)
+    elif op == "global_response_norm":
+        y, norm = global_response_norm.fwd(x.flatten(1, 2), vector, vector, 1e-6, 1, dtype, True)
+        global_response_norm.bwd(y, x.flatten(1, 2), vector, norm, 1e-6, 1, True, True)
+    elif op == "gelu_linear":
+        gelu_linear.bwd(gelu_linear.fwd(x.flatten(), False, dtype), x.flatten(), False, True)
+        gelu_linear.bwd(gelu_linear.fwd(x.flatten(), True, dtype), x.flatten(), True, True)
     else:
         shortcut, y, mask = x.float().flatten(1, 2), x.flatten(1, 2), torch.empty(32, device="meta")
         out = residual_scale.fwd(shortcut, y, vector, mask, torch.float32)
@@ -119,6 +138,10 @@ def test_no_kernel_spills(variant):
         expected = {f"squeeze_excite_{name}_kernel" for name in ("sum", "fold", "scale")}
     if variant[0] == "depthwise_conv_norm":
         expected |= {"depthwise_conv_fwd_kernel", "depthwise_conv_wgrad_kernel"}
+    elif variant[0] == "global_response_norm":
+        expected |= {f"{variant[0]}_{part}_kernel" for part in ("sum", "fwd_sums", "bwd_sums")}
+    elif variant[0] == "gelu_linear":
+        expected.remove("reduce_kernel")
     assert kernels == expected
     for found in compiled:
         print(found)

@@ -63,6 +63,28 @@ struct ResidualParams {
   void* partial;                           // [slices][C]: dgamma
 };
 
+// Elements at a time where a dtype is not the accumulation type: small enough for the L1 cache.
+constexpr int64_t kChunk = 2048;
+
+enum class Activation : uint8_t { kNone, kGelu, kGeluTanh };
+
+struct GeluParams {
+  int64_t count;
+  Activation act;
+  Array x, dy;                             // dy: backward
+  MutableArray y, dx;                      // y: null in a backward that does not need it
+};
+
+// N images of L pixels, each split into `bands`. a = act(x).
+struct GrnParams {
+  int64_t N, L, C, bands;
+  Activation act;
+  Array x, dy;                             // dy: backward
+  const void *factor, *term;               // [N][C] and [C], backward [N][C]
+  MutableArray out;                        // y, backward dx
+  void* partial;                           // [N][bands][C], backward [N][bands][2][C]
+};
+
 // What stands between and behind the layers of a squeeze-and-excitation: fastconv/ops/squeeze_excite.py has the same order.
 enum class Function : uint8_t { kRelu, kSilu, kGelu, kHardswish, kLeakyRelu, kIdentity, kSigmoid, kHardsigmoid };
 constexpr int64_t kFunctions = 8;
@@ -115,6 +137,11 @@ struct Kernels {
   int64_t (*residual_scratch)(const ResidualParams&);
   void (*residual_forward)(const ResidualParams&, void* scratch, int64_t begin, int64_t end);   // a task is a slice
   void (*residual_backward)(const ResidualParams&, void* scratch, int64_t begin, int64_t end);  // a task is a slice
+  int64_t (*gelu_scratch)(const GeluParams&);
+  void (*gelu)(const GeluParams&, void* scratch, int64_t begin, int64_t end);  // a task is kChunk elements
+  int64_t (*grn_scratch)(const GrnParams&);
+  void (*grn_sum)(const GrnParams&, void* scratch, int64_t begin, int64_t end);    // a task is image * bands + band
+  void (*grn_apply)(const GrnParams&, void* scratch, int64_t begin, int64_t end);  // a task is image * bands + band
   int64_t (*map_scratch)(const MapParams&);
   void (*map_sum)(const MapParams&, void* scratch, int64_t begin, int64_t end);    // a task is a slice, or kPlanes planes
   void (*map_apply)(const MapParams&, void* scratch, int64_t begin, int64_t end);  // the same

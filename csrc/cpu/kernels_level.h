@@ -19,6 +19,9 @@ namespace {
 
 #include "residual_scale_kernel.h"
 
+#include "activation_kernel.h"
+
+#include "global_response_norm_kernel.h"
 #include "functions.h"
 
 #include "layer_kernel.h"
@@ -40,6 +43,11 @@ FC_TASKS(backward, BackwardParams, p.dy.dtype)
 FC_SCRATCH(residual_scratch, ResidualParams, p.y.dtype)
 FC_TASKS(residual_forward, ResidualParams, p.y.dtype)
 FC_TASKS(residual_backward, ResidualParams, p.y.dtype)
+FC_SCRATCH(gelu_scratch, GeluParams, p.x.dtype)
+FC_TASKS(gelu, GeluParams, p.x.dtype)
+FC_SCRATCH(grn_scratch, GrnParams, p.x.dtype)
+FC_TASKS(grn_sum, GrnParams, p.x.dtype)
+FC_TASKS(grn_apply, GrnParams, p.x.dtype)
 FC_SCRATCH(map_scratch, MapParams, p.x.dtype)
 FC_TASKS(map_sum, MapParams, p.x.dtype)
 FC_TASKS(map_apply, MapParams, p.x.dtype)
@@ -67,6 +75,11 @@ extern const Kernels FC_TABLE(FASTCONV_LEVEL) = {
     FC_NAMESPACE(FASTCONV_LEVEL)::residual_scratch,
     FC_NAMESPACE(FASTCONV_LEVEL)::residual_forward,
     FC_NAMESPACE(FASTCONV_LEVEL)::residual_backward,
+    FC_NAMESPACE(FASTCONV_LEVEL)::gelu_scratch,
+    FC_NAMESPACE(FASTCONV_LEVEL)::gelu,
+    FC_NAMESPACE(FASTCONV_LEVEL)::grn_scratch,
+    FC_NAMESPACE(FASTCONV_LEVEL)::grn_sum,
+    FC_NAMESPACE(FASTCONV_LEVEL)::grn_apply,
     FC_NAMESPACE(FASTCONV_LEVEL)::map_scratch,
     FC_NAMESPACE(FASTCONV_LEVEL)::map_sum,
     FC_NAMESPACE(FASTCONV_LEVEL)::map_apply,

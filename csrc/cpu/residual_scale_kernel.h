@@ -1,8 +1,5 @@
 // The tail of a residual block, out = shortcut + mask gamma y. Included once per SIMD level.
 
-// Elements converted at a time where a dtype is not the accumulation type: small enough for the L1 cache.
-constexpr int64_t kChunk = 2048;
-
 template <class A> FC_INLINE int64_t chunk_pixels(int64_t C) { return C < kChunk ? kChunk / C : 1; }
 template <class A> int64_t residual_scratch_as(const ResidualParams& p) { return 3 * aligned_bytes(chunk_pixels<A>(p.C) * p.C * sizeof(A)); }
 

@@ -50,7 +50,6 @@ void run_map(const MapParams& p, void (*kernel)(const MapParams&, void*, int64_t
   run(p, p.channels_last ? p.N * p.slices : ceil_div(p.N * p.C, kPlanes), kernels().map_scratch, kernel);
 }
 
-// Tasks of `work` multiplications each: on the calling thread where another one is not worth it.
 // Calls f(first, count) for groups of images whose maps stay in the caches from the first pass to the second. Where the
 // threads can share the images evenly each takes its own, and never waits for another; else they share the work of each
 // group. No sum crosses an image, so that all of this may follow the number of threads.
@@ -80,6 +79,7 @@ MapParams from_image(MapParams p, int64_t n, int64_t count) {
 void* row(const Sizes& s, void* data, int64_t n, int64_t size) { return static_cast<char*>(data) + n * size * (s.acc == ScalarType::Double ? 8 : 4); }
 const void* row(const Sizes& s, const void* data, int64_t n, int64_t size) { return row(s, const_cast<void*>(data), n, size); }
 
+// Tasks of `work` multiplications each: on the calling thread where another one is not worth it.
 template <class Params> void run_small(const Params& p, int64_t tasks, int64_t work, void (*kernel)(const Params&, int64_t, int64_t)) {
   torch::stable::parallel_for(0, tasks, std::max<int64_t>(1, kWorth / std::max<int64_t>(1, work)),
                               [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
@@ -109,13 +109,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> squeeze_excite_fwd(Tensor x, Tensor w
   const std::optional<Tensor> w1_acc = in_acc(w1), b1_acc = in_acc(b1), w2_acc = in_acc(w2), b2_acc = in_acc(b2);
   const auto data = [](const std::optional<Tensor>& t) { return t ? t->const_data_ptr() : nullptr; };
 
+  Tensor pooled = save ? empty(x, {s.N, s.C}, s.acc) : nothing(x, s.acc), z = save ? empty(x, {s.N, s.C}, s.acc) : nothing(x, s.acc);
+  Tensor hidden = save && s.two ? empty(x, {s.N, s.R}, s.acc) : nothing(x, s.acc);
+  const MapParams map = map_params(s, x);
+  const int64_t sums_size = map.slices * s.C, kept = save ? 0 : 2 * s.C + s.R;
+  Tensor vectors = empty(x, {s.N, sums_size + s.C + s.R + kept}, s.acc);
+  // Last: the heap gives it back whole, with no vector behind it.
   Tensor y = empty(x, {x.size(0), x.size(1), x.size(2), x.size(3)}, out_dtype);
-  Tensor pooled = empty(x, {s.N, s.C}, s.acc), z = empty(x, {s.N, s.C}, s.acc), hidden = s.two ? empty(x, {s.N, s.R}, s.acc) : nothing(x, s.acc);
   if (x.numel() > 0) {
-    const MapParams map = map_params(s, x);
-    Tensor partial = empty(x, {s.N, map.slices, s.C}, s.acc), vectors = empty(x, {s.N, s.C + s.R}, s.acc);
-    void *sums = partial.mutable_data_ptr(), *means = pooled.mutable_data_ptr(), *factors = vectors.mutable_data_ptr();
-    void *activated = row(s, factors, s.N, s.C), *pre_act = s.two ? hidden.mutable_data_ptr() : nullptr, *pre_gate = z.mutable_data_ptr();
+    void* next = vectors.mutable_data_ptr();
+    const auto rows = [&](int64_t size) { return std::exchange(next, row(s, next, s.N, size)); };
+    const auto kept_rows = [&](Tensor& t, int64_t size) { return save ? t.mutable_data_ptr() : rows(size); };
+    void *sums = rows(sums_size), *factors = rows(s.C), *activated = rows(s.R);
+    void *means = kept_rows(pooled, s.C), *pre_gate = kept_rows(z, s.C), *pre_act = kept_rows(hidden, s.R);
     for_groups(s, x, [&](int64_t n, int64_t count) {
       MapParams group = from_image(map, n, count);
       group.partial = row(s, sums, n, map.slices * s.C);
@@ -146,7 +152,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> squeeze_excite_fwd(Tensor x, Tensor w
       run_map(group, kernels().map_apply);
     });
   }
-  if (!save) return {y, nothing(x, s.acc), nothing(x, s.acc), nothing(x, s.acc)};
   if (x.numel() == 0) torch::stable::zero_(pooled), torch::stable::zero_(z), torch::stable::zero_(hidden);
   return {y, pooled, hidden, z};
 }
@@ -177,11 +182,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> squeeze_excite_bwd(Tensor dy,
     MapParams map = map_params(s, x);
     map.dy = array(dy);
     if (need_dx) map.out = mutable_array(dx);
-    Tensor partial = empty(x, {s.N, map.slices, s.C}, s.acc), vectors = empty(x, {s.N, 3 * s.C + 2 * s.R}, s.acc);
+    Tensor vectors = empty(x, {s.N, map.slices * s.C + 3 * s.C + 2 * s.R}, s.acc);
     void* next = vectors.mutable_data_ptr();
     const auto rows = [&](int64_t size) { return std::exchange(next, row(s, next, s.N, size)); };
-    void *factors = rows(s.C), *dz = rows(s.C), *dpooled = rows(s.C), *dhidden = rows(s.R), *activated = rows(s.R);
-    void* sums = partial.mutable_data_ptr();
+    void *sums = rows(map.slices * s.C), *factors = rows(s.C), *dz = rows(s.C), *dpooled = rows(s.C), *dhidden = rows(s.R), *activated = rows(s.R);
     const void *pre_act = hidden.const_data_ptr(), *pre_gate = z.const_data_ptr();
     for_groups(s, x, [&](int64_t n, int64_t count) {
       MapParams group = from_image(map, n, count);

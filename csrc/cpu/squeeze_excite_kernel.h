@@ -6,9 +6,23 @@ constexpr int64_t kPlaneRun = 1024;  // elements of a plane added up before they
 constexpr int64_t kRowsAtOnce = 4;
 
 template <class A> FC_INLINE int64_t rows_of_chunk(int64_t C) { return C * kRowsAtOnce < kMapChunk ? kMapChunk / C / kRowsAtOnce * kRowsAtOnce : kRowsAtOnce; }
+// Elements of a map converted at a time, and of the buffers for it: none where nothing is. Little scratch leaves the heap as it is.
+template <class A> FC_INLINE int64_t map_size(const MapParams& p) {
+  const auto differs = [](const void* data, DType dtype) { return data && dtype_size(dtype) != sizeof(A); };
+  if (!differs(p.x.data, p.x.dtype) && !differs(p.dy.data, p.dy.dtype) && !differs(p.out.data, p.out.dtype)) return 0;
+  return p.channels_last ? rows_of_chunk<A>(p.C) * p.C : kPlanes * p.L < 2 * kMapChunk ? kPlanes * p.L : kMapChunk;
+}
+// Elements after which the vectors of rows of C channels repeat: whole vectors cross from row to row, and none a cache line.
+template <class A> FC_INLINE int64_t period_of(int64_t C) {
+  int64_t period = C;
+  while (period % kLanes<A>) period *= 2;
+  return period <= kMapChunk ? period : C;
+}
+template <class A> FC_INLINE int64_t repeats_size(const MapParams& p) {
+  return p.channels_last && period_of<A>(p.C) != p.C ? period_of<A>(p.C) : 0;
+}
 template <class A> int64_t map_scratch_as(const MapParams& p) {
-  const int64_t planes = kPlanes * p.L < 2 * kMapChunk ? kPlanes * p.L : kMapChunk;
-  return 3 * aligned_bytes((p.channels_last ? rows_of_chunk<A>(p.C) * p.C : planes) * static_cast<int64_t>(sizeof(A)));
+  return 2 * aligned_bytes(map_size<A>(p) * static_cast<int64_t>(sizeof(A))) + 2 * aligned_bytes(repeats_size<A>(p) * static_cast<int64_t>(sizeof(A)));
 }
 
 // sum[c] += what kRows rows hold there, of x or of dy x.
@@ -88,7 +102,7 @@ template <class A, bool kProduct> void sum_planes(const MapParams& p, int64_t fi
 }
 
 template <class A> void map_sum_as(const MapParams& p, char* scratch, int64_t begin, int64_t end) {
-  const int64_t size = map_scratch_as<A>(p) / 3 / static_cast<int64_t>(sizeof(A));
+  const int64_t size = map_size<A>(p);
   A *a = carve<A>(scratch, size), *b = carve<A>(scratch, size);
   for (int64_t task = begin; task < end; ++task) {
     const int64_t first = task * kPlanes, last = first + kPlanes < p.N * p.C ? first + kPlanes : p.N * p.C;
@@ -97,45 +111,64 @@ template <class A> void map_sum_as(const MapParams& p, char* scratch, int64_t be
   }
 }
 
-template <class A> FC_INLINE void apply_row(const A* in, const A* factor, const A* summand, A* out, int64_t C) {
-  const auto step = [&](int64_t c, int64_t lanes) __attribute__((always_inline)) {
-    Vec<A> v = load_lanes<A>(in + c, lanes) * load_lanes<A>(factor + c, lanes);
-    if (summand) v += load_lanes<A>(summand + c, lanes);
-    store_lanes<A>(out + c, v, lanes);
-  };
-  int64_t c = 0;
-  for (; c + kLanes<A> <= C; c += kLanes<A>) step(c, kLanes<A>);
-  if (c < C) step(c, C - c);
+// out = in factor + summand (or null) for `count` elements in a row, over which factor and summand repeat.
+template <class A, bool kAdd> FC_INLINE void apply_rows(const A* in, const A* factor, const A* summand, int64_t period, A* out, int64_t count) {
+  for (int64_t i = 0; i < count; i += period, in += period, out += period) {
+    const int64_t elements = count - i < period ? count - i : period;
+    const auto step = [&](int64_t c, int64_t lanes) __attribute__((always_inline)) {
+      Vec<A> v = load_lanes<A>(in + c, lanes) * load_lanes<A>(factor + c, lanes);
+      if constexpr (kAdd) v += load_lanes<A>(summand + c, lanes);
+      store_lanes<A>(out + c, v, lanes);
+    };
+    int64_t c = 0;
+    for (; c + kLanes<A> <= elements; c += kLanes<A>) step(c, kLanes<A>);
+    if (c < elements) step(c, elements - c);
+  }
 }
 
-template <class A> FC_INLINE void apply_run(const A* in, A factor, A summand, bool add, A* out, int64_t count) {
+// The same for a plane of one channel. No store but the first and the last crosses a cache line.
+template <class A, bool kAdd> FC_INLINE void apply_run(const A* in, A factor, A summand, A* out, int64_t count) {
   const auto step = [&](int64_t i, int64_t lanes) __attribute__((always_inline)) {
     const Vec<A> v = load_lanes<A>(in + i, lanes) * factor;
-    store_lanes<A>(out + i, add ? v + summand : v, lanes);  // -0 stays -0
+    store_lanes<A>(out + i, kAdd ? v + summand : v, lanes);  // -0 stays -0
   };
-  int64_t i = 0;
+  const int64_t before = -(reinterpret_cast<uintptr_t>(out) / sizeof(A)) % kLanes<A>;
+  int64_t i = before < count ? before : count;
+  if (i > 0) step(0, i);
   for (; i + kLanes<A> <= count; i += kLanes<A>) step(i, kLanes<A>);
   if (i < count) step(i, count - i);
 }
 
-// The tasks from the last to the first: what the pass before read last is still in the cache.
-template <class A> void map_apply_as(const MapParams& p, char* scratch, int64_t begin, int64_t end) {
-  const int64_t C = p.C, L = p.L, size = map_scratch_as<A>(p) / 3 / static_cast<int64_t>(sizeof(A));
-  A *a = carve<A>(scratch, size), *o = carve<A>(scratch, size);
+template <class A> FC_INLINE const A* repeated(const A* values, int64_t C, int64_t period, A* repeats) {
+  if (!values || period == C) return values;
+  for (int64_t i = 0; i < period; i += C) {
+    for (int64_t c = 0; c < C; ++c) repeats[i + c] = values[c];
+  }
+  return repeats;
+}
+
+template <class A, bool kAdd> void apply_as(const MapParams& p, char* scratch, int64_t begin, int64_t end) {
+  const int64_t C = p.C, L = p.L, size = map_size<A>(p), period = period_of<A>(C);
+  A *a = carve<A>(scratch, size), *o = carve<A>(scratch, size), *factors = carve<A>(scratch, repeats_size<A>(p)), *summands = carve<A>(scratch, repeats_size<A>(p));
   const Array in = p.dy.data ? p.dy : p.x;
   const A *factor = static_cast<const A*>(p.factor), *summand = static_cast<const A*>(p.summand);
   const bool direct = dtype_size(p.out.dtype) == sizeof(A);
   const auto target = [&](int64_t element) __attribute__((always_inline)) { return direct ? reinterpret_cast<A*>(at(p.out, element)) : o; };
-  for (int64_t task = end - 1; task >= begin; --task) {
+  int64_t image = -1;
+  for (int64_t task = begin; task < end; ++task) {
     if (p.channels_last) {
       const int64_t n = task / p.slices, row0 = task % p.slices * kSlicePixels, step = rows_of_chunk<A>(C);
       const int64_t row1 = row0 + kSlicePixels < L ? row0 + kSlicePixels : L;
+      const bool ready = n == image && period != C;
+      const A* f = ready ? factors : repeated<A>(factor + n * C, C, period, factors);
+      const A* s = ready ? summands : repeated<A>(kAdd ? summand + n * C : nullptr, C, period, summands);
+      image = n;
       for (int64_t row = row0; row < row1; row += step) {
-        const int64_t count = row1 - row < step ? row1 - row : step, element = (n * L + row) * C;
-        const A* from = read(in, element, count * C, a);
+        const int64_t count = (row1 - row < step ? row1 - row : step) * C, element = (n * L + row) * C;
+        const A* from = read(in, element, count, a);
         A* to = target(element);
-        for (int64_t i = 0; i < count; ++i) apply_row<A>(from + i * C, factor + n * C, summand ? summand + n * C : nullptr, to + i * C, C);
-        if (!direct) write(p.out, element, count * C, to);
+        apply_rows<A, kAdd>(from, f, s, period, to, count);
+        if (!direct) write(p.out, element, count, to);
       }
     } else {
       const int64_t last = (task + 1) * kPlanes < p.N * C ? (task + 1) * kPlanes : p.N * C;
@@ -144,11 +177,14 @@ template <class A> void map_apply_as(const MapParams& p, char* scratch, int64_t 
           const int64_t count = L - i < kMapChunk ? L - i : kMapChunk, element = plane * L + i;
           const A* from = read(in, element, count, a);
           A* to = target(element);
-          apply_run<A>(from, factor[plane], summand ? summand[plane] : A(0), summand != nullptr, to, count);
+          apply_run<A, kAdd>(from, factor[plane], kAdd ? summand[plane] : A(0), to, count);
           if (!direct) write(p.out, element, count, to);
         }
     }
   }
+}
+template <class A> void map_apply_as(const MapParams& p, char* scratch, int64_t begin, int64_t end) {
+  p.summand ? apply_as<A, true>(p, scratch, begin, end) : apply_as<A, false>(p, scratch, begin, end);
 }
 
 constexpr int64_t kFoldBlock = 16;  // slices added up before they join the total

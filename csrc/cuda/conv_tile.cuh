@@ -11,7 +11,7 @@ namespace fastconv::cuda {
 
 constexpr int kChunk = kConvChunk, kRun = kConvRun;
 constexpr int kQuad = 4, kUnit = kChunk / kQuad;  // channels of a thread; lanes of a unit
-constexpr int kWeightPitch = kChunk + kQuad;      // [tap][kWeightPitch] float: as near to free of conflicts as both ways of access allow
+constexpr int kWeightPitch = kConvWeightPitch;    // [tap][kWeightPitch] float: as near to free of conflicts as both ways of access allow
 
 constexpr int odd(int n) { return n | 1; }
 
@@ -157,10 +157,11 @@ struct RunPlace {
     return ((image * (g.rows + 2 * halo) + row) * pitch + column) * kChunk + quad;
   }
 };
-FC_DEVICE RunPlace run_of(const ConvGrid& g) {
-  const int unit = threadIdx.x / kUnit, last = g.units() - 1, used = unit < last ? unit : last, row = used / g.runs;
+FC_DEVICE RunPlace run_of(const ConvGrid& g, int unit) {
+  const int last = g.units() - 1, used = unit < last ? unit : last, row = used / g.runs;
   return {row / g.rows, row % g.rows, used % g.runs * kRun, static_cast<int>(threadIdx.x) % kUnit * kQuad, unit <= last};
 }
+FC_DEVICE RunPlace run_of(const ConvGrid& g) { return run_of(g, threadIdx.x / kUnit); }
 FC_DEVICE int64_t first_pixel(const ConvShape& s, const TilePlace& at, const RunPlace& run) {
   return ((at.n + run.image) * s.H + at.h + run.row) * s.W + at.w + run.column;
 }

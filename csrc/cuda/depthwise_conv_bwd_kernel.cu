@@ -5,6 +5,7 @@
 #include "conv_tile.cuh"
 #include "depthwise_conv_general_kernel.h"
 #include "depthwise_conv_kernel.h"
+#include "depthwise_conv_mma_kernel.h"
 #include "reduce_kernel.h"
 
 namespace fastconv::cuda {
@@ -199,7 +200,7 @@ int launch_backward(const ConvBackwardParams& p, Stream stream) {
 }  // namespace
 
 int depthwise_conv_bwd_launch(const ConvBackwardParams& p, Stream stream) {
-  const int error = launch_backward(p, stream);
+  const int error = conv_mma_chosen(p) ? conv_mma_bwd_launch(p, stream) : launch_backward(p, stream);
   if (error != 0 || !p.partial) return error;
   const int64_t slices = conv_wgrad_slices(p.shape), count = p.shape.C * p.shape.K * p.shape.K, stride = count + p.shape.C;
   const int weight_error = reduce_partials_launch(p.partial, slices, stride, count, p.dweight, stream);

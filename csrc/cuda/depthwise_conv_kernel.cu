@@ -3,6 +3,7 @@
 
 #include "conv_tile.cuh"
 #include "depthwise_conv_general_kernel.h"
+#include "depthwise_conv_mma_kernel.h"
 
 namespace fastconv::cuda {
 namespace {
@@ -62,6 +63,7 @@ template <class T> int launch_forward(const ConvForwardParams& p, Stream stream)
 }  // namespace
 
 int depthwise_conv_fwd_launch(const ConvForwardParams& p, Stream stream) {
+  if (conv_mma_chosen(p)) return conv_mma_fwd_launch(p, stream);
   switch (p.x.dtype) {
     case DType::kBFloat16: return launch_forward<bf16>(p, stream);
     case DType::kHalf: return launch_forward<fp16>(p, stream);

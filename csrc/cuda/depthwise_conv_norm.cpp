@@ -25,10 +25,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> depthwise_conv_norm_fwd(
 
   const Place place(x);
   const std::vector<int64_t> none{0}, full{N, H, W, C}, rows{N, H, W};
-  Tensor y = empty(x, full, out_dtype), z = empty(x, full, z_dtype);
+  p.gpu = place.gpu();
+  p.conv.y.dtype = dtype_of(z_dtype);
+  Tensor y = empty(x, full, out_dtype), z = empty(x, save || !depthwise_conv_norm_joins(p) ? full : none, z_dtype);
   Tensor mean = empty(x, save ? rows : none, ScalarType::Float), rstd = empty(x, save ? rows : none, ScalarType::Float);
   p.y = mutable_array(y);
-  p.conv.y = mutable_array(z);
+  if (z.numel() > 0) p.conv.y = mutable_array(z);
   if (save) {
     p.mean = float_data(mean);
     p.rstd = float_data(rstd);

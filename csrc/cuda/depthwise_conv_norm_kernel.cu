@@ -1,88 +1,16 @@
-// The LayerNorm of depthwise_conv_norm on the GPU, forward and backward: one pass over the pixels, whose channels lie in
-// the registers of a group of lanes.
+// The LayerNorm of depthwise_conv_norm on the GPU as kernels of its own, forward and backward: one pass over the pixels, whose
+// channels lie in the registers of a group of lanes.
 //
 //   dz = rstd (g dy - mean_c(g dy) - xhat mean_c(g dy xhat)),   xhat = (z - mean) rstd,   g = norm_weight
 #include "depthwise_conv_norm_kernel.h"
 
-#include "array.cuh"
+#include "norm_lanes.cuh"
 #include "reduce_kernel.h"
 
 namespace fastconv::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-// Channels of a lane, N at a time: 8 or 4 in accesses of 16 bytes, or 1, where each needs an address of its own.
-template <int N> constexpr int kLaneChannels = N > 1 ? 32 : 12;
-template <int N> constexpr int kSegment = kLaneChannels<N> * kWarp;  // of a warp
-
-// A pixel belongs to `lanes` lanes of a warp, a power of two: enough for its channels, or all 32. Where those hold fewer
-// than C channels, a block holds and writes one segment of them, and reads the rest again as often as it is needed.
-struct NormGrid {
-  int lanes, held, segments;  // held: channels of the lanes
-  int64_t pixels, C, slices;  // blocks: slices x segments
-  constexpr int64_t step() const { return kThreads / lanes; }  // pixels that a block holds at a time
-};
-
-template <int N> NormGrid norm_grid(const ConvShape& s, int64_t slices) {
-  int lanes = 1;
-  while (lanes < kWarp && lanes * kLaneChannels<N> < s.C) lanes *= 2;
-  const int held = lanes * kLaneChannels<N>;
-  return {lanes, held, static_cast<int>(ceil_div(s.C, held)), s.pixels(), s.C, slices};
-}
-
-// Sum over the lanes of a pixel, the same bits in each.
-FC_DEVICE float group_sum(float v, int lanes) {
-  for (int other = lanes / 2; other > 0; other /= 2) v += shuffle_xor(v, other);
-  return v;
-}
-
-// Which channels and pixel are this thread's.
-template <int N> struct Lane {
-  static constexpr int kParts = kLaneChannels<N> / N;
-  int64_t segment;  // first channel of the block
-  int lane, group;  // in the pixel; pixel of the block
-  int count;        // channels of the segment that there are
-  FC_DEVICE explicit Lane(const NormGrid& g)
-      : segment(static_cast<int64_t>(blockIdx.x % g.segments) * g.held), lane(threadIdx.x % g.lanes), group(threadIdx.x / g.lanes),
-        count(g.C - segment < g.held ? static_cast<int>(g.C - segment) : g.held) {}
-  // First of the N channels of a part, in the segment.
-  FC_DEVICE int channel(const NormGrid& g, int part) const { return (part * g.lanes + lane) * N; }
-  // Calls f(c) for this lane's share of the channels that the block does not hold, N from c on.
-  template <class F> FC_DEVICE void others(const NormGrid& g, F&& f) const {
-    const int64_t count = g.segments > 1 ? (g.C < segment + g.held ? segment : g.C - g.held) : 0;
-    for (int64_t i = lane * N; i < count; i += g.lanes * N) f(i < segment ? i : i + g.held);
-  }
-};
-
-// A segment of float32 values in shared memory: where lanes read eight each, the halves of the eights lie apart, so that 16
-// bytes of neighbouring lanes are side by side.
-template <int N> FC_DEVICE int place_in_segment(int c) { return N < 8 ? c : c / 8 * 4 + c % 4 + c / 4 % 2 * (kSegment<N> / 2); }
-
-template <int N> FC_DEVICE Vec<float, N> load_segment(const float* segment, int c) {
-  Vec<float, N> v;
-  constexpr int kPart = N < 4 ? N : 4;
-#pragma unroll
-  for (int i = 0; i < N; i += kPart) {
-    const auto part = load_shared<Vec<float, kPart>>(segment + place_in_segment<N>(c + i));
-#pragma unroll
-    for (int j = 0; j < kPart; ++j) v[i + j] = part[j];
-  }
-  return v;
-}
-template <int N> FC_DEVICE void store_segment(float* segment, int c, const Vec<float, N>& v) {
-  constexpr int kPart = N < 4 ? N : 4;
-#pragma unroll
-  for (int i = 0; i < N; i += kPart) {
-    Vec<float, kPart> part;
-#pragma unroll
-    for (int j = 0; j < kPart; ++j) part[j] = v[i + j];
-    store_shared(segment + place_in_segment<N>(c + i), part);
-  }
-}
-template <int N> FC_DEVICE void stage_segment(const Array& a, const NormGrid& g, int64_t first, float* segment) {
-  for (int c = threadIdx.x; c < g.held; c += kThreads)
-    store_shared(segment + place_in_segment<N>(c), load_array<1>(a, first + c, first + c < g.C)[0]);
-}
 
 template <int N> __global__ void __launch_bounds__(kThreads, 2) layer_norm_fwd_kernel(ConvNormForwardParams p, NormGrid g) {
   constexpr int kParts = Lane<N>::kParts;
@@ -90,13 +18,12 @@ template <int N> __global__ void __launch_bounds__(kThreads, 2) layer_norm_fwd_k
   FC_SHARED(float, bias, kSegment<N>);
   const Lane<N> at(g);
   const Array z{p.conv.y.data, p.conv.y.dtype};
-  const float scale = 1.0f / static_cast<float>(g.C);
   stage_segment<N>(p.norm_weight, g, at.segment, weight);
   stage_segment<N>(p.norm_bias, g, at.segment, bias);
   sync_threads();
 
   const int64_t slice = blockIdx.x / g.segments, end = part_begin(g.pixels, g.slices, slice + 1);
-  for (int64_t first = part_begin(g.pixels, g.slices, slice); first < end; first += g.step()) {
+  for (int64_t first = part_begin(g.pixels, g.slices, slice); first < end; first += g.step(kThreads)) {
     const int64_t pixel = first + at.group;
     const int64_t segment = pixel * g.C + at.segment;
     const bool in = pixel < end;
@@ -107,49 +34,19 @@ template <int N> __global__ void __launch_bounds__(kThreads, 2) layer_norm_fwd_k
       raw[part] = load_raw<N>(z, segment + c, in && c < at.count);
     }
     Vec<float, N> held[kParts];
-    float sum = 0;
 #pragma unroll
-    for (int part = 0; part < kParts; ++part) {
-      held[part] = to_float(raw[part], z.dtype);
-#pragma unroll
-      for (int i = 0; i < N; ++i) sum += held[part][i];
-    }
-    at.others(g, [&](int64_t c) {
-      const Vec<float, N> v = load_array<N>(z, pixel * g.C + c, in);
-#pragma unroll
-      for (int i = 0; i < N; ++i) sum += v[i];
+    for (int part = 0; part < kParts; ++part) held[part] = to_float(raw[part], z.dtype);
+    const Moments m = moments(g, at, held, p.eps, [&](auto&& add) {
+      at.others(g, [&](int64_t c) { add(load_array<N>(z, pixel * g.C + c, in)); });
     });
-    const float mean = group_sum(sum, g.lanes) * scale;
-    // The variance in a second pass. Where the mean is far above the deviation its rounding shows: what the deviations
-    // sum to, and should not, is taken off them.
-    float rest = 0, square = 0;
-    const auto add_deviations = [&](const Vec<float, N>& v) {
-#pragma unroll
-      for (int i = 0; i < N; ++i) {
-        rest += v[i] - mean;
-        square = fmaf(v[i] - mean, v[i] - mean, square);
-      }
-    };
-#pragma unroll
-    for (int part = 0; part < kParts; ++part)
-      if (at.channel(g, part) < at.count) add_deviations(held[part]);
-    at.others(g, [&](int64_t c) { add_deviations(load_array<N>(z, pixel * g.C + c, in)); });
-    rest = group_sum(rest, g.lanes) * scale;
-    const float centred = group_sum(square, g.lanes) * scale - rest * rest, variance = centred < 0 ? 0.0f : centred;
-    // One channel is its own mean. 0 says so to backward, which sees z rounded and would find z - mean a little off 0.
-    const float rstd = g.C == 1 ? 0.0f : rsqrt(variance + p.eps);
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
       const int c = at.channel(g, part);
-      const Vec<float, N> w = load_segment<N>(weight, c), b = load_segment<N>(bias, c);
-      Vec<float, N> y;
-#pragma unroll
-      for (int i = 0; i < N; ++i) y[i] = fmaf((held[part][i] - mean - rest) * rstd, w[i], b[i]);
-      store_array<N>(p.y, segment + c, y, in && c < at.count);
+      store_array<N>(p.y, segment + c, normalised(held[part], m, load_segment<N>(weight, c), load_segment<N>(bias, c)), in && c < at.count);
     }
     const bool first_lane = in && at.lane == 0 && at.segment == 0;
-    store_global(p.mean + pixel, mean + rest, p.mean && first_lane);
-    store_global(p.rstd + pixel, rstd, p.rstd && first_lane);
+    store_global(p.mean + pixel, m.mean + m.rest, p.mean && first_lane);
+    store_global(p.rstd + pixel, m.rstd, p.rstd && first_lane);
   }
 }
 
@@ -165,7 +62,7 @@ template <int N> __global__ void __launch_bounds__(kThreads) layer_norm_bwd_kern
 
   Vec<float, N> dweight[kParts] = {}, dbias[kParts] = {};
   const int64_t slice = blockIdx.x / g.segments, end = part_begin(g.pixels, g.slices, slice + 1);
-  for (int64_t first = part_begin(g.pixels, g.slices, slice); first < end; first += g.step()) {
+  for (int64_t first = part_begin(g.pixels, g.slices, slice); first < end; first += g.step(kThreads)) {
     const int64_t pixel = first + at.group;
     const int64_t segment = pixel * g.C + at.segment;
     const bool in = pixel < end;
@@ -254,7 +151,7 @@ template <int N> int launch_forward(const ConvNormForwardParams& p, Stream strea
   constexpr int64_t kBlocks = 1 << 12;
   const ConvShape& s = p.conv.shape;
   NormGrid g = norm_grid<N>(s, 0);
-  g.slices = std::min(ceil_div(g.pixels, 4 * g.step()), std::max<int64_t>(1, kBlocks / g.segments));
+  g.slices = std::min(ceil_div(g.pixels, 4 * g.step(kThreads)), std::max<int64_t>(1, kBlocks / g.segments));
   return launch(layer_norm_fwd_kernel<N>, dim3(static_cast<unsigned>(g.slices * g.segments)), dim3(kThreads), 0, stream, p, g);
 }
 
@@ -263,9 +160,22 @@ template <int N> int launch_backward(const ConvNormBackwardParams& p, Stream str
   return launch(layer_norm_bwd_kernel<N>, dim3(static_cast<unsigned>(g.slices * g.segments)), dim3(kThreads), 0, stream, p, g);
 }
 
+// Without tiles where the rows cannot be read in 16 bytes: the joined form has no other way.
+JoinedPlan joined_plan(const ConvNormForwardParams& p) {
+  const ConvShape& s = p.conv.shape;
+  if (!in_vectors(s.C, p.conv.x, p.conv.y, p.y)) return {};
+  return conv_norm_plan(s, dtype_size(p.conv.x.dtype), dtype_size(p.conv.y.dtype), p.gpu);
+}
+
 }  // namespace
 
+bool depthwise_conv_norm_joins(const ConvNormForwardParams& p) {
+  return joined_plan(p).tiles.count > 0;
+}
+
 int depthwise_conv_norm_fwd_launch(const ConvNormForwardParams& p, Stream stream) {
+  const JoinedPlan plan = joined_plan(p);
+  if (plan.tiles.count > 0) return depthwise_conv_norm_joined_launch(p, plan, stream);
   const int error = depthwise_conv_fwd_launch(p.conv, stream);
   if (error != 0) return error;
   switch (vector_width(p.conv.shape.C, p.conv.y, p.y)) {

@@ -6,11 +6,12 @@
 namespace fastconv::cuda {
 
 struct ConvNormForwardParams {
-  ConvForwardParams conv;        // conv.y is z, which the norm, a kernel of its own, reads
+  ConvForwardParams conv;        // conv.y is z: no data where neither backward nor, being apart, the norm will read it
   Array norm_weight, norm_bias;  // [C]
   float eps;
   MutableArray y;                // [N, H, W, C]
   float *mean, *rstd;            // [N, H, W], or null
+  Gpu gpu;
 };
 
 struct ConvNormBackwardParams {
@@ -23,6 +24,9 @@ struct ConvNormBackwardParams {
   float* norm_partial;                    // norm_bwd_floats(shape) floats where dnorm_weight is needed, else null
 };
 
+// Whether one kernel computes z and its norm: only then may z have no data. y and z may still lack theirs here.
+bool depthwise_conv_norm_joins(const ConvNormForwardParams& p);
+int depthwise_conv_norm_joined_launch(const ConvNormForwardParams& p, const JoinedPlan& plan, Stream stream);
 int depthwise_conv_norm_fwd_launch(const ConvNormForwardParams& p, Stream stream);
 int depthwise_conv_norm_bwd_launch(const ConvNormBackwardParams& p, Stream stream);
 

@@ -19,9 +19,11 @@
 #ifdef FASTCONV_SIMT
 #define FASTCONV_CUDA_OPS(m) STABLE_TORCH_LIBRARY_IMPL(fastconv_simt, CPU, m)
 extern "C" const char* simt_message();
+extern "C" int64_t simt_shared_limit();
 #else
 #define FASTCONV_CUDA_OPS(m) STABLE_TORCH_LIBRARY_IMPL(fastconv, CUDA, m)
 extern "C" const char* cudaGetErrorString(int code);  // declared here, so that the glue needs no header of the toolkit
+extern "C" int cudaDeviceGetAttribute(int* value, int attribute, int device);
 #endif
 
 namespace fastconv::cuda {
@@ -34,6 +36,7 @@ inline const char* error_string(int) { return simt_message(); }
 struct Place {
   explicit Place(const Tensor&) {}
   Stream stream() const { return nullptr; }
+  Gpu gpu() const { return {simt_shared_limit(), 1}; }
 };
 
 #else
@@ -50,8 +53,15 @@ class Place {
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream));
     return static_cast<Stream>(stream);
   }
+  Gpu gpu() const { return {attribute(97), attribute(16)}; }  // cudaDevAttrMaxSharedMemoryPerBlockOptin, ..MultiProcessorCount
 
  private:
+  int attribute(int which) const {
+    int value = 0;
+    const int code = cudaDeviceGetAttribute(&value, which, index_);
+    STD_TORCH_CHECK(code == 0, "the GPU does not say what it has: ", cudaGetErrorString(code), " (CUDA error ", code, ")");
+    return value;
+  }
   int32_t index_;
   torch::stable::accelerator::DeviceGuard guard_;
 };

@@ -69,6 +69,8 @@ FC_DEVICE void sync_warp() { __syncwarp(); }
 
 // --- conversions
 
+// Bytes of the word that a nibble of `selector` picks each, from the low one on: 0 to 3 of a, 4 to 7 of b.
+FC_DEVICE uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector) { return __byte_perm(a, b, selector); }
 FC_DEVICE uint32_t float_bits(float v) { return __float_as_uint(v); }
 FC_DEVICE float bits_float(uint32_t v) { return __uint_as_float(v); }
 FC_DEVICE float to_float(float v) { return v; }
@@ -235,8 +237,17 @@ template <class T> FC_DEVICE T shuffle_xor(T v, int lanes) { return __shfl_xor_s
 // The value of lane + delta; a lane past the end keeps its own.
 template <class T> FC_DEVICE T shuffle_down(T v, int delta) { return __shfl_down_sync(~0u, v, delta); }
 template <class T> FC_DEVICE T shuffle(T v, int lane) { return __shfl_sync(~0u, v, lane); }
+// Whether any lane says so.
+FC_DEVICE bool warp_any(bool v) { return __any_sync(~0u, v); }
 
 // --- launch
+
+// Bytes of shared memory that a block may have on the current device.
+inline int64_t shared_memory_limit() {
+  int device = 0, bytes = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 0;
+  return cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) == cudaSuccess ? bytes : 0;
+}
 
 // Error code of the launch, 0 = cudaSuccess. Above 48 KiB of dynamic shared memory a kernel has to opt in first.
 template <class... P, class... A>

@@ -75,7 +75,10 @@ __global__ void __launch_bounds__(kThreads) residual_scale_fwd_kernel(ResidualSc
 // A block sums dgamma over one slice of the rows: each thread down its rows, then over the rows of threads, in order.
 template <int kWidth>
 __global__ void __launch_bounds__(kThreads) residual_scale_bwd_kernel(ResidualScaleBackwardParams p, unsigned across, int64_t slice_rows) {
-  FC_SHARED(float, sums, kThreads * kWidth);  // [thread][kWidth]
+  // Of each thread kPart channels, then the next of each: 16 bytes of neighbouring lanes are side by side. The gap puts what
+  // a row's neighbouring channels read into different banks.
+  constexpr int kPart = kWidth < 4 ? kWidth : 4, kPlane = kThreads * kPart + 16;
+  FC_SHARED(float, sums, kWidth / kPart * kPlane);  // [kWidth / kPart][thread][kPart]
   const Tile tile = tile_of(p.C, kWidth, across);
   const int64_t slice = blockIdx.x / across, rows = p.N * p.L, begin = slice * slice_rows + tile.row;
   const int64_t end = (slice + 1) * slice_rows < rows ? (slice + 1) * slice_rows : rows;
@@ -99,20 +102,21 @@ __global__ void __launch_bounds__(kThreads) residual_scale_bwd_kernel(ResidualSc
     if (p.dy.data) store_array<kWidth>(p.dy, offset, dy, tile.in);
   }
   if (!p.partial) return;
-  constexpr int kPart = kWidth < 4 ? kWidth : 4;
 #pragma unroll
   for (int c = 0; c < kWidth; c += kPart) {
     Vec<float, kPart> part;
 #pragma unroll
     for (int i = 0; i < kPart; ++i) part[i] = sum[c + i];
-    store_shared(sums + threadIdx.x * kWidth + c, part);
+    store_shared(sums + c / kPart * kPlane + threadIdx.x * kPart, part);
   }
   sync_threads();
   const int columns = tile.lanes * kWidth;
   const int64_t channel0 = static_cast<int64_t>(blockIdx.x % across) * columns;
   for (int column = threadIdx.x; column < columns; column += kThreads) {
+    const int lane = column / kWidth, c = column % kWidth;
+    const float* const own = sums + c / kPart * kPlane + lane * kPart + c % kPart;
     float total = 0;
-    for (int row = 0; row < tile.rows; ++row) total += load_shared<float>(sums + row * columns + column);
+    for (int row = 0; row < tile.rows; ++row) total += load_shared<float>(own + row * tile.lanes * kPart);
     store_global(p.partial + slice * p.C + channel0 + column, total, channel0 + column < p.C);
   }
 }

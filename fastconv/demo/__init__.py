@@ -25,6 +25,7 @@ try:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
     from rich.table import Table
 
+    from . import pretrain
     from .data import Images
     from .run import LAYOUTS, Options, Run
 except ImportError as error:
@@ -70,6 +71,9 @@ class Comparison:
         reasons = {reason for site in report.sites for reason in site.fallbacks}
         if reasons or any(site.backend == "eager" for site in report.fused):
             found.append(f"calls ran eager code: {'; '.join(sorted(reasons)) or 'as FASTCONV_BACKEND or FASTCONV_DISABLE asks'}")
+        losses, part = self.patched.losses, max(1, len(self.patched.losses) // 4)
+        if self.options.pretrain and not sum(losses[-part:]) < sum(losses[:part]):
+            found.append(f"the loss did not fall: {losses[0]:.4f} at first, {losses[-1]:.4f} at last")
         if not self.difference <= ALLOWED * self.noise:  # also where it is NaN
             found.append(f"the losses differ by {self.difference:.2e}, more than {ALLOWED} times eager's own noise of {self.noise:.2e}")
         return found
@@ -81,6 +85,8 @@ def largest_difference(a: Run, b: Run) -> float:
 
 def prepare(options: Options) -> tuple[Images, nn.Module]:
     """The images, and the unpatched model with stochastic depth and a layer scale that matters. ValueError for a bad option."""
+    if options.pretrain:
+        return pretrain.prepare(options)
     data = Images(options.data, options.image_size, options.batch_size, options.seed)
     torch.manual_seed(options.seed)
     extra = {} if options.model.startswith("torchvision:") else {"drop_path_rate": 0.1}  # torchvision's default is 0.1
@@ -92,9 +98,13 @@ def prepare(options: Options) -> tuple[Images, nn.Module]:
     return data, model.to(options.device).train()
 
 
+def start(name: str, model: nn.Module, options: Options, layout: str, **kw) -> Run:
+    return (pretrain.Pretraining if options.pretrain else Run)(name, model, options, layout, **kw)
+
+
 def faster_layout(model: nn.Module, options: Options, batch) -> str:
     """The memory format in which the unpatched model trains faster here."""
-    runs = {layout: Run(layout, copy.deepcopy(model), options, layout) for layout in LAYOUTS}
+    runs = {layout: start(layout, copy.deepcopy(model), options, layout) for layout in LAYOUTS}
     seconds = {layout: [] for layout in LAYOUTS}
     for attempt in range(3):
         for layout, run in runs.items():
@@ -109,26 +119,26 @@ def make_control(model: nn.Module, options: Options, layout: str) -> tuple[Run, 
     threads = torch.get_num_threads()
     if torch.device(options.device).type == "cpu" and options.dtype == "float32":
         other = 1 if threads > 1 else 2
-        return Run("control", model, options, layout, threads=other), f"with {other} thread{'s' * (other > 1)} instead of {threads}"
+        return start("control", model, options, layout, threads=other), f"with {other} thread{'s' * (other > 1)} instead of {threads}"
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1 + 1e-7 * torch.randn_like(parameter))
-    return Run("control", model, options, layout), "with weights perturbed by 1e-7"
+    return start("control", model, options, layout), "with weights perturbed by 1e-7"
 
 
 def compare(options: Options, data: Images, model: nn.Module, advance: Callable[[], None] = lambda: None) -> Comparison:
     """Train the three runs side by side, patching `model` for one; `advance` is called after every step of each."""
     first = data.batch(0)
     layout = faster_layout(model, options, first)
-    eager = Run("eager", copy.deepcopy(model), options, layout)
+    eager = start("eager", copy.deepcopy(model), options, layout)
     control, change = make_control(copy.deepcopy(model), options, layout)
     patching.patch(model)
-    patched = Run("patched", model, options, "channels_last")
+    patched = start("patched", model, options, "channels_last")
     runs = [eager, patched, control]
     for run in runs:
         run.measure_memory(*first)  # warms up as well
-    for start in range(0, options.steps, CHUNK):
-        numbers = range(start, min(start + CHUNK, options.steps))
+    for first_of_chunk in range(0, options.steps, CHUNK):
+        numbers = range(first_of_chunk, min(first_of_chunk + CHUNK, options.steps))
         batches = [data.batch(number) for number in numbers]
         for run in runs:
             for number, batch in zip(numbers, batches):
@@ -143,7 +153,8 @@ def compare(options: Options, data: Images, model: nn.Module, advance: Callable[
 def table(result: Comparison) -> Table:
     o, runs = result.options, (result.eager, result.patched)
     where = torch.cuda.get_device_name(o.device) if torch.device(o.device).type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    title = f"{o.model}, {o.dtype}, batch {o.batch_size} of {o.image_size}x{o.image_size}, {o.steps} steps, {where}"
+    task = f"{o.model} pretraining" if o.pretrain else o.model
+    title = f"{task}, {o.dtype}, batch {o.batch_size} of {o.image_size}x{o.image_size}, {o.steps} steps, {where}"
     shown = Table("", *[run.name for run in runs], title=title)
     quartiles = [statistics.quantiles(run.seconds, n=4) for run in runs]
     rows = {
@@ -153,7 +164,7 @@ def table(result: Comparison) -> Table:
         "memory of a step, peak (MiB)": [f"{run.peak_bytes / 2**20:.1f}" for run in runs],
         "memory format": [run.layout for run in runs],
         "loss, first and last": [f"{run.losses[0]:.6f}, {run.losses[-1]:.6f}" for run in runs],
-        "test accuracy": [f"{run.accuracy:.1%}" for run in runs],
+        runs[0].score[0]: [run.score[1] for run in runs],
     }
     for name, cells in rows.items():
         shown.add_row(name, *cells)
@@ -186,14 +197,17 @@ def demo(options: Options, data: Images, model: nn.Module) -> int:
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=3 * options.steps)
         result = compare(options, data, model, lambda: progress.advance(task))
-    plot(result, options.output)
+    if options.pretrain:
+        pretrain.draw(result.patched, data, options.output)
+    else:
+        plot(result, options.output)
     problems = result.problems()
     console.print(table(result))
     lines = [
         str(patching.report(result.patched.model)),
         f"patched is {result.speedup:.2f}x as fast as eager in its faster memory format ({result.eager.layout})",
         f"largest loss difference {result.difference:.1e}; eager {result.control_change} differs from itself by {result.noise:.1e}",
-        f"curves: {options.output}",
+        f"{'images' if options.pretrain else 'curves'}: {options.output}",
         *[f"FAILED: {problem}" for problem in problems],
     ]
     console.print("\n".join(lines), markup=False, highlight=False)

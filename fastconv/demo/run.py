@@ -7,6 +7,7 @@ import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from timm.loss import SoftTargetCrossEntropy
@@ -31,6 +32,7 @@ class Options:
     image_size: int = 64
     seed: int = 0
     output: Path = Path("fastconv-demo.png")
+    pretrain: bool = False
 
     def __post_init__(self):
         if self.dtype not in DTYPES:
@@ -55,14 +57,15 @@ class Run:
     losses: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     peak_bytes: int = 0
-    accuracy: float = 0.0
+    score: tuple[str, str] = ("", "")  # what evaluate() found
+    learning_rate: ClassVar[float] = 2e-4
 
     def __post_init__(self):
         self.device = torch.device(self.options.device)
         self.dtype = DTYPES[self.options.dtype]
         self.model.to(memory_format=LAYOUTS[self.layout])
         self.criterion = SoftTargetCrossEntropy()
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=2e-4, weight_decay=0.05, fused=True)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=self.learning_rate, weight_decay=0.05, fused=True)
         warmup, steps = max(1, self.options.steps // 6), self.options.steps
         ramp = torch.optim.lr_scheduler.LinearLR(self.optimizer, 1 / (warmup + 1), total_iters=warmup)
         cosine = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, max(1, steps - warmup))
@@ -73,13 +76,19 @@ class Run:
     def to_device(self, images: torch.Tensor) -> torch.Tensor:
         return images.to(self.device, memory_format=LAYOUTS[self.layout])
 
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
     def logits(self, images: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+        with self.autocast():
             output = self.model(images)
         return getattr(output, "logits", output).float()
 
+    def loss(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return self.criterion(self.logits(images), labels)
+
     def forward_backward(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        loss = self.criterion(self.logits(images), labels)
+        loss = self.loss(images, labels)
         self.scaler.scale(loss).backward()
         return loss.detach()
 
@@ -134,7 +143,7 @@ class Run:
             correct = sum(
                 int((self.logits(self.to_device(images)).argmax(1).cpu() == labels).sum()) for images, labels in data.test_batches()
             )
-        self.accuracy = correct / len(data.test)
+        self.score = "test accuracy", f"{correct / len(data.test):.1%}"
 
     @contextlib.contextmanager
     def own_threads(self):

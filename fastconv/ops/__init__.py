@@ -3,6 +3,8 @@
 from ._registry import Choice, check_environment, disabled, is_disabled, select, use_backend
 from .depthwise_conv import DepthwiseConv, depthwise_conv
 from .depthwise_conv_norm import DepthwiseConvNorm, depthwise_conv_norm
+from .gelu_linear import GeluLinear, gelu_linear
+from .global_response_norm import GlobalResponseNorm, global_response_norm
 from .residual_scale import ResidualScale, residual_scale
 from .squeeze_excite import SqueezeExcite, squeeze_excite
 
@@ -10,11 +12,15 @@ __all__ = [
     "Choice",
     "DepthwiseConv",
     "DepthwiseConvNorm",
+    "GeluLinear",
+    "GlobalResponseNorm",
     "ResidualScale",
     "SqueezeExcite",
     "depthwise_conv",
     "depthwise_conv_norm",
     "disabled",
+    "gelu_linear",
+    "global_response_norm",
     "is_disabled",
     "residual_scale",
     "select",

@@ -40,8 +40,8 @@ def patch(
 
     Args:
         model: any module. Patch again in every process that unpickles the model: a saved model is a plain one.
-        ops: "auto" for all, or names ("depthwise_conv_norm", "residual_scale", "squeeze_excite"). A later call decides anew for the blocks
-            that it covers.
+        ops: "auto" for all, or names: "depthwise_conv_norm", "residual_scale", "global_response_norm", "gelu_linear",
+            "linear", "squeeze_excite". A later call decides anew for the blocks that it covers.
         strict: raise RuntimeError, changing nothing, where a block that fastconv recognises cannot be fused or none is
             recognised, and later where a call cannot be.
         filter_fn: only blocks for which filter_fn(name, module) is true.

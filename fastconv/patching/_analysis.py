@@ -7,7 +7,6 @@ a class whose next version computes something else. Nothing is executed and no c
 from __future__ import annotations
 
 import copy
-import operator
 from dataclasses import dataclass
 
 import torch
@@ -16,16 +15,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..ops import _linear
+from ._body import GELU_LINEAR, Body, read_body
+from ._graph import ADD, MASK, MUL, TO_NCHW, TO_NHWC, Unsupported, is_attribute, is_call, permutation, scale, trace, trace_inputs
 from ._module import Kinds, child_at, unwrapped
-
-TO_NHWC, TO_NCHW = (0, 2, 3, 1), (0, 3, 1, 2)
-_ADD = (operator.add, torch.add, "add")
-_MUL = (operator.mul, torch.mul, "mul")
-_PERMUTE = (torch.permute, "permute")
-
-
-class Unsupported(Exception):
-    """The graph is not the computation looked for; the message is the reason that the report shows."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +28,7 @@ class BlockLayout:
     conv: str
     norm: str
     norm_view: str  # the view that the norm's own forward takes, "nchw" or "nhwc"
-    body: tuple[str, ...]  # children to call between the norm and the layer scale; "nchw" and "nhwc" switch the view
+    body: Body  # what lies between the norm and the layer scale
     gamma: str
     drop_path: str
     shortcut: str
@@ -44,67 +36,7 @@ class BlockLayout:
     head_kinds: Kinds  # children whose calls the fused op replaces
     tail_kinds: Kinds
     consumer_kinds: Kinds  # children, outermost first, that take the norm's output and cast it to autocast's dtype; () if none does
-    leaves: tuple[str, ...]  # body with its containers opened; () if no nn.Linear is there
-    linears: tuple[str, ...]  # the leaves that are nn.Linear
-    linear_kinds: Kinds  # the linears, and the containers that were opened
-
-
-class _Tracer(torch.fx.Tracer):
-    def __init__(self, inline: tuple[str, ...]):
-        super().__init__()
-        self.inline = inline
-
-    def is_leaf_module(self, m, module_qualified_name):
-        return module_qualified_name not in self.inline
-
-
-def trace(module: nn.Module, inline: tuple[str, ...] = ()) -> tuple[torch.fx.Node, torch.fx.Node]:
-    """The only input and the result of the module's forward."""
-    try:
-        graph = _Tracer(inline).trace(module)
-    except Exception as error:  # user code meets a symbolic value: any exception may come out
-        raise Unsupported(f"its forward cannot be read symbolically ({type(error).__name__})") from None
-    inputs = [n for n in graph.nodes if n.op == "placeholder"]
-    if len(inputs) != 1:
-        raise Unsupported(f"its forward takes {len(inputs)} inputs")
-    (output,) = (n for n in graph.nodes if n.op == "output")
-    result = output.args[0]
-    if not isinstance(result, torch.fx.Node):
-        raise Unsupported("its forward does not return one tensor")
-    return inputs[0], result
-
-
-def _is(node, targets) -> bool:
-    return isinstance(node, torch.fx.Node) and node.op in ("call_function", "call_method") and node.target in targets
-
-
-def _permutation(node) -> tuple[int, ...] | None:
-    if not _is(node, _PERMUTE):
-        return None
-    dims = [*node.args[1:], *node.kwargs.values()]
-    return tuple(dims[0]) if len(dims) == 1 and isinstance(dims[0], (tuple, list)) else tuple(dims)
-
-
-def _is_attribute(node, name: str) -> bool:
-    """Whether a node reads this parameter of the root, parametrized or not."""
-    if not isinstance(node, torch.fx.Node):
-        return False
-    return (node.op, node.target) in (("get_attr", name), ("call_module", f"parametrizations.{name}"))
-
-
-def _scale(node, block: nn.Module, C: int) -> tuple[str, str] | None:
-    """(name, layout) of the per-channel parameter that a node reads: "nhwc" for (C,), "nchw" for (1, C, 1, 1) or (C, 1, 1)."""
-    view = None
-    if _is(node, ("reshape", "view")):
-        view, node = tuple(node.args[1:]), node.args[0]
-        view = tuple(view[0]) if len(view) == 1 and isinstance(view[0], (tuple, list)) else view
-    name = str(getattr(node, "target", "")).removeprefix("parametrizations.")
-    if "." in name or not _is_attribute(node, name):
-        return None
-    shape = view or tuple(getattr(block, name).shape)
-    if shape == (C,):
-        return name, "nhwc"
-    return (name, "nchw") if shape in ((1, -1, 1, 1), (1, C, 1, 1), (-1, 1, 1), (C, 1, 1)) else None
+    masked: bool  # whether forward takes a mask, true where the body's output is zero, as its second argument
 
 
 def _depthwise_reason(conv: nn.Module) -> str:
@@ -135,19 +67,19 @@ def _norm_reason(norm: nn.Module, C: int, layout: str) -> str:
     except Unsupported as error:
         return f"the norm ({kind}): {error}"
     if layout == "nchw":
-        if _permutation(node) != TO_NCHW:
+        if permutation(node) != TO_NCHW:
             return f"the norm ({kind}) is not a LayerNorm over the channels"
         node = node.args[0]
     arguments = dict(zip(("input", "normalized_shape", "weight", "bias", "eps"), node.args), **node.kwargs)
     source = arguments.get("input")
-    if layout == "nchw" and _permutation(source) == TO_NHWC:
+    if layout == "nchw" and permutation(source) == TO_NHWC:
         source = source.args[0]
     same = (
-        _is(node, (F.layer_norm,))
+        is_call(node, (F.layer_norm,))
         and source is x
         and tuple(arguments["normalized_shape"]) == (C,)
-        and _is_attribute(arguments.get("weight"), "weight")
-        and _is_attribute(arguments.get("bias"), "bias")
+        and is_attribute(arguments.get("weight"), "weight")
+        and is_attribute(arguments.get("bias"), "bias")
         and arguments.get("eps") == getattr(norm, "eps", None)
     )
     return "" if same else f"the norm ({kind}) is not a LayerNorm over the channels"
@@ -200,48 +132,6 @@ def _consumers(block: nn.Module, path: str) -> Kinds:
     return ((path, kind), *inner) if inner else ()
 
 
-def _opened(block: nn.Module, path: str) -> tuple[list[str], list[str]]:
-    """(leaves, containers) of a child whose forward only calls its children one after another; ([path], []) for any other."""
-    child = child_at(block, path)
-    try:
-        x, node = trace(child) if len(child._modules) else (None, None)
-    except Unsupported:
-        x = None
-    if x is None:
-        return [path], []
-    names = []
-    while node is not x:
-        if node.op != "call_module" or len(node.args) != 1 or node.kwargs or len(node.users) != 1:
-            return [path], []
-        names.insert(0, node.target)
-        node = node.args[0]
-    if len(x.users) != 1:
-        return [path], []
-    leaves, containers = [], [path]
-    for name in names:
-        inner_leaves, inner_containers = _opened(block, f"{path}.{name}")
-        leaves += inner_leaves
-        containers += inner_containers
-    return leaves, containers
-
-
-def _linears(block: nn.Module, body: list[str]) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
-    """(leaves, linears, containers) of a body, empty where it holds no nn.Linear that runs over an NHWC view."""
-    leaves, linears, containers, view = [], [], [], "nhwc"
-    for step in body:
-        if step in ("nchw", "nhwc"):
-            view = step
-            leaves.append(step)
-            continue
-        inside, opened = _opened(block, step) if view == "nhwc" else ([step], [])
-        found = [path for path in inside if unwrapped(type(child_at(block, path))) is nn.Linear]
-        leaves += inside if found else [step]
-        linears += found
-        containers += opened if found else []
-    plain = nn.Linear.forward.__qualname__ == "Linear.forward"
-    return (tuple(leaves), tuple(linears), tuple(containers)) if linears and plain else ((), (), ())
-
-
 def read_block(
     block: nn.Module, drop_paths: tuple[str, ...], inline: tuple[str, ...], in_place: bool
 ) -> tuple[BlockLayout, dict[str, tuple[str, str]]]:
@@ -250,10 +140,12 @@ def read_block(
     "linear" is among the ops where the block has such layers and this processor may run them faster as convolutions.
 
     shortcut(x) + drop_path(gamma * body(norm(conv(before(x))))), with conv depthwise; gamma, drop_path, shortcut and before
-    are optional.
+    are optional. With a second argument, body may hold masked_fill(second argument, 0).
     """
-    x, result = trace(block, inline)
-    if not _is(result, _ADD) or len(result.args) != 2 or result.kwargs:
+    (x, *others), result = trace_inputs(block, inline)
+    if len(others) > 1:
+        raise Unsupported(f"its forward takes {1 + len(others)} inputs")
+    if not is_call(result, ADD) or len(result.args) != 2 or result.kwargs:
         raise Unsupported("its forward does not end in a residual sum")
     shortcut, node = result.args
     if not _is_shortcut(shortcut, x):
@@ -266,14 +158,17 @@ def read_block(
         last = node
         if len(node.users) != 1:  # by an operation in place, say
             raise Unsupported(f"the output of {node.target} is used twice")
-        dims = _permutation(node)
+        dims = permutation(node)
         if node.op == "call_module" and len(node.args) == 1 and not node.kwargs:
             steps.append(("call", node.target))
             node = node.args[0]
         elif dims in (TO_NHWC, TO_NCHW):
             steps.append(("nhwc" if dims == TO_NHWC else "nchw", ""))
             node = node.args[0]
-        elif _is(node, _MUL) and len(node.args) == 2:
+        elif is_call(node, ("masked_fill",)) and node.args[1:] == (*others, 0) and not node.kwargs:
+            steps.append((MASK, ""))
+            node = node.args[0]
+        elif is_call(node, MUL) and len(node.args) == 2:
             steps.append(("scale", node))
             node = next((a for a in node.args if isinstance(a, torch.fx.Node) and not _reads_parameter(a)), None)
         else:
@@ -282,8 +177,10 @@ def read_block(
             raise Unsupported("its forward is not one chain of operations")
     if not set(x.users) <= {last, shortcut, result}:
         raise Unsupported("its input is used otherwise too")
+    if any(len(mask.users) != sum(kind == MASK for kind, _ in steps) for mask in others):
+        raise Unsupported("its second input is used otherwise than as a mask")
     steps.reverse()
-    return _parse(block, steps, shortcut.target if shortcut is not x else "", drop_paths, inline, in_place)
+    return _parse(block, steps, shortcut.target if shortcut is not x else "", drop_paths, inline, in_place, bool(others))
 
 
 def _is_shortcut(node, x) -> bool:
@@ -291,25 +188,25 @@ def _is_shortcut(node, x) -> bool:
 
 
 def _reads_parameter(node) -> bool:
-    if _is(node, ("reshape", "view")):
+    if is_call(node, ("reshape", "view")):
         node = node.args[0]
     return node.op == "get_attr" or (node.op == "call_module" and str(node.target).startswith("parametrizations."))
 
 
-def _parse(block, steps, shortcut, drop_paths, inline, in_place):
+def _parse(block, steps, shortcut, drop_paths, inline, in_place, masked):
     chain = " > ".join(name if kind == "call" else kind for kind, name in steps)
     unknown = Unsupported(f"its forward is another computation: {chain}")
     layout, gamma, drop_path, calls, body = "nchw", "", "", [], []
     for kind, value in steps:
         if kind == "call" and value in drop_paths:
             drop_path = value
-        elif (drop_path and kind in ("call", "scale")) or (gamma and kind == "call"):
+        elif (drop_path and kind in ("call", "scale", MASK)) or (gamma and kind in ("call", MASK)) or (kind == MASK and len(calls) < 2):
             raise unknown
-        elif kind == "call":
-            calls.append((value, layout))
+        elif kind in ("call", MASK):
+            calls.append((value or MASK, layout))
         elif kind == "scale":
-            channels = next((c.out_channels for c in (child_at(block, p) for p, _ in calls) if isinstance(c, nn.Conv2d)), -1)
-            found = [s for s in (_scale(a, block, channels) for a in value.args) if s]
+            channels = next((c.out_channels for c in (child_at(block, p) for p, _ in calls if p != MASK) if isinstance(c, nn.Conv2d)), -1)
+            found = [s for s in (scale(a, block, channels) for a in value.args) if s]
             if gamma or len(found) != 1 or found[0][1] != layout:
                 raise unknown
             gamma = found[0][0]
@@ -318,13 +215,15 @@ def _parse(block, steps, shortcut, drop_paths, inline, in_place):
         else:
             layout = kind
     before = []
-    while calls and calls[0][1] == "nchw" and not isinstance(child_at(block, calls[0][0]), nn.Conv2d):
+    while calls and calls[0][1] == "nchw" and calls[0][0] != MASK and not isinstance(child_at(block, calls[0][0]), nn.Conv2d):
         before.append(calls.pop(0)[0])
         if any(getattr(m, "inplace", False) for m in child_at(block, before[-1]).modules()):
             raise Unsupported(f"{before[-1]} writes over the input, which the shortcut needs")
     if layout != "nchw" or len(calls) < 3 or calls[0][1] != "nchw":
         raise unknown
     (conv_path, _), (norm_path, norm_layout), *rest = calls
+    if MASK in (conv_path, norm_path):
+        raise unknown
     conv, norm = child_at(block, conv_path), child_at(block, norm_path)
     view = "nhwc"
     for path, needed in rest:
@@ -340,8 +239,9 @@ def _parse(block, steps, shortcut, drop_paths, inline, in_place):
         "residual_scale": ("declined", tail_reason) if tail_reason else ("native", "a plain sum") if plain_sum else ("fused", ""),
     }
 
-    leaves, linears, containers = _linears(block, body)
-    if linears and _linear.PREFERS_CONVOLUTION:
+    body, body_sites = read_body(block, body, inline)
+    sites.update(body_sites)
+    if _linear.PREFERS_CONVOLUTION and set(body.linears) - {f.path for f in body.fusions if f.op == GELU_LINEAR}:
         sites["linear"] = ("native", "as 1x1 convolutions where oneDNN beats MKL")
 
     def kinds(*paths: str) -> Kinds:
@@ -352,16 +252,14 @@ def _parse(block, steps, shortcut, drop_paths, inline, in_place):
         conv=conv_path,
         norm=norm_path,
         norm_view=norm_layout,
-        body=tuple(body),
+        body=body,
         gamma=gamma,
         drop_path=drop_path,
         shortcut=shortcut,
         in_place=in_place,
         head_kinds=kinds(*inline, conv_path, norm_path),
         tail_kinds=kinds(*inline, drop_path),
-        consumer_kinds=_consumers(block, rest[0][0]),
-        leaves=leaves,
-        linears=linears,
-        linear_kinds=kinds(*containers, *linears),
+        consumer_kinds=() if rest[0][0] == MASK else _consumers(block, rest[0][0]),
+        masked=masked,
     )
     return found, sites

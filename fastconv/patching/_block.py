@@ -7,17 +7,17 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..ops import Choice, depthwise_conv_norm, is_disabled, residual_scale, select
+from ..ops import depthwise_conv_norm, is_disabled, residual_scale, select
 from ..ops._function import constant_when_traced
-from ..ops._linear import as_convolution, convolution_is_faster
-from ..ops._registry import ORDER, REROUTED, switched_off
+from ..ops._registry import REROUTED
 from ._analysis import BlockLayout, read_block
+from ._body import GELU_LINEAR, GRN
 from ._module import PLAIN, FastModule, bypass_reason, child_at, choose, sites_of
-from ._report import record
 from ._rule import Rule
+from ._run_body import active_fusions, autocast_dtype, may_reroute, output_dtype, parameter_reason, plain_steps, run_body
 
 FUSED = ("depthwise_conv_norm", "residual_scale")
-OPS = (*FUSED, *REROUTED)
+OPS = (*FUSED, GRN, GELU_LINEAR, *REROUTED)
 
 
 @dataclass(frozen=True)
@@ -50,17 +50,19 @@ class FastBlock(FastModule):
         if is_disabled() or torch.jit.is_tracing() or _exporting():
             return super().forward(*args, **kwargs)
         layout = self._fastconv.layout
-        x = args[0] if len(args) == 1 and not kwargs else None
-        reason = _input_reason(x)
+        fits = len(args) == 1 + layout.masked and not kwargs
+        x, *masks = args if fits else (None,)
+        reason = _input_reason(x, *masks)
         tail = choose(self, "residual_scale", reason or _tail_reason(self, layout, x), x)
-        y = x if reason else _plain_body(self, layout.before, x)
+        y = x if reason else plain_steps(self, layout.before, x)
         head = choose(self, "depthwise_conv_norm", reason or _input_reason(y) or _head_reason(self, layout, y), x)
-        reroute = not reason and _may_reroute(self, layout)
+        fusions = active_fusions(self, layout.body, reason, x)
+        reroute = not reason and may_reroute(self, layout.body)
         # What ran before the convolution must not run twice.
-        if not head and not tail and not reroute and (reason or not layout.before):
+        if not (head or tail or fusions or reroute) and (reason or not layout.before):
             return super().forward(*args, **kwargs)
         y = _fused_head(self, layout, y) if head else _plain_head(self, layout, y)
-        y = _rerouted_body(self, layout, y) if reroute else _plain_body(self, layout.body, y)
+        y = run_body(self, layout.body, y, *masks, fusions=fusions, reroute=reroute)
         return _fused_tail(self, layout, x, y) if tail else _plain_tail(self, layout, x, y)
 
 
@@ -70,21 +72,14 @@ def _exporting() -> bool:
     return torch.compiler.is_exporting()
 
 
-def _input_reason(x) -> str:
+def _input_reason(x, *masks) -> str:
     """Why no op can run on this input, or "". A reason is a fixed text, and what it tests can be a guard of torch.compile."""
     if x is None:
-        return "called with other arguments than one tensor"
-    if type(x) not in PLAIN:
-        return f"the input is a {type(x).__name__}"
+        return "called with other arguments than one tensor" if not masks else "called with other arguments than an input and a mask"
+    for tensor in (x, *masks):
+        if type(tensor) not in PLAIN:
+            return f"the input is a {type(tensor).__name__}"
     return "" if x.dim() == 4 else "the input is not (N, C, H, W)"
-
-
-def _parameter_reason(path: str, parameter: torch.Tensor | None, x: torch.Tensor) -> str:
-    if parameter is None:  # none, or parametrized: computing that here would compute it twice
-        return ""
-    if type(parameter) not in PLAIN:
-        return f"the parameter of {path} is a {type(parameter).__name__}"
-    return "" if parameter.device == x.device else f"the input and {path} are on different devices"
 
 
 def _head_reason(block: FastBlock, layout: BlockLayout, x: torch.Tensor) -> str:
@@ -93,10 +88,10 @@ def _head_reason(block: FastBlock, layout: BlockLayout, x: torch.Tensor) -> str:
         return reason
     conv, norm = child_at(block, layout.conv), child_at(block, layout.norm)
     weight, norm_weight = conv._parameters.get("weight"), norm._parameters.get("weight")
-    reason = _parameter_reason(layout.conv, weight, x) or _parameter_reason(layout.norm, norm_weight, x)
+    reason = parameter_reason(layout.conv, weight, x) or parameter_reason(layout.norm, norm_weight, x)
     if reason or x.shape[1] != conv.in_channels:
         return reason or "the input does not have the block's channels"
-    compute_dtype = _autocast_dtype(x)
+    compute_dtype = autocast_dtype(x)
     if compute_dtype is None:
         same = (weight is None or weight.dtype == x.dtype) and (norm_weight is None or norm_weight.dtype == x.dtype)
         return "" if same else "input, convolution and norm have different dtypes"
@@ -107,20 +102,7 @@ def _head_reason(block: FastBlock, layout: BlockLayout, x: torch.Tensor) -> str:
 
 def _tail_reason(block: FastBlock, layout: BlockLayout, x: torch.Tensor) -> str:
     gamma = block._parameters.get(layout.gamma) if layout.gamma else None
-    return bypass_reason(block, layout.tail_kinds) or _parameter_reason(layout.gamma, gamma, x)
-
-
-def _autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if device in ORDER and torch.is_autocast_enabled(device) else None
-
-
-def _norm_dtype(block: FastBlock, layout: BlockLayout, device: str, compute_dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the norm's output under autocast. Autocast runs LayerNorm in float32, except on the CPU. Where the next
-    operation casts its input to autocast's dtype, and nobody looks on, the output is written in that dtype at once."""
-    if device == "cpu" or (layout.consumer_kinds and not bypass_reason(block, layout.consumer_kinds)):
-        return compute_dtype
-    return torch.float32
+    return bypass_reason(block, layout.tail_kinds) or parameter_reason(layout.gamma, gamma, x)
 
 
 def _fused_head(block: FastBlock, layout: BlockLayout, x: torch.Tensor) -> torch.Tensor:
@@ -129,8 +111,8 @@ def _fused_head(block: FastBlock, layout: BlockLayout, x: torch.Tensor) -> torch
     x = x.permute(0, 2, 3, 1)
     if not torch.compiler.is_compiling() and not x.is_contiguous():
         sites_of(block)["depthwise_conv_norm"].copies += 1
-    compute_dtype = _autocast_dtype(x)
-    out_dtype = None if compute_dtype is None else _norm_dtype(block, layout, x.device.type, compute_dtype)
+    compute_dtype = autocast_dtype(x)
+    out_dtype = None if compute_dtype is None else output_dtype(block, layout.consumer_kinds, x.device.type, compute_dtype)
     parameters = conv.weight, conv.bias, norm.weight, norm.bias
     return depthwise_conv_norm(x, *parameters, norm.eps, compute_dtype=compute_dtype, out_dtype=out_dtype)
 
@@ -140,45 +122,6 @@ def _plain_head(block: FastBlock, layout: BlockLayout, x: torch.Tensor) -> torch
     if layout.norm_view == "nchw":
         return child_at(block, layout.norm)(y).permute(0, 2, 3, 1)
     return child_at(block, layout.norm)(y.permute(0, 2, 3, 1))
-
-
-def _plain_body(block: FastBlock, steps: tuple[str, ...], y: torch.Tensor) -> torch.Tensor:
-    for step in steps:
-        if step == "nchw":
-            y = y.permute(0, 3, 1, 2)
-        elif step == "nhwc":
-            y = y.permute(0, 2, 3, 1)
-        else:
-            y = child_at(block, step)(y)
-    return y
-
-
-def _may_reroute(block: FastBlock, layout: BlockLayout) -> bool:
-    """Whether the linear layers of the body may run as convolutions in this call; if not, only speed is lost: no warning."""
-    if not any(op == "linear" for op, _, _ in block._fastconv.sites):
-        return False
-    reason = switched_off("linear") or bypass_reason(block, layout.linear_kinds)
-    if not torch.compiler.is_compiling():
-        record(sites_of(block)["linear"], Choice("eager", reason), warn=False)
-    return not reason
-
-
-def _rerouted_body(block: FastBlock, layout: BlockLayout, y: torch.Tensor) -> torch.Tensor:
-    for step in layout.leaves:
-        layer = child_at(block, step) if step in layout.linears else None
-        if layer is None or not _convolvable(layer, y):
-            y = _plain_body(block, (step,), y)
-            continue
-        y = as_convolution(y, layer.weight, layer.bias)
-        if not torch.compiler.is_compiling():
-            sites_of(block)["linear"].backend = "onednn"
-    return y
-
-
-def _convolvable(layer: nn.Linear, x: torch.Tensor) -> bool:
-    parameters = layer._parameters  # without those that are parametrized
-    plain = type(parameters.get("weight")) in PLAIN and type(parameters.get("bias", ...)) in (*PLAIN, type(None))
-    return plain and x.shape[-1] == layer.in_features and convolution_is_faster(x, layer.weight)
 
 
 def _fused_tail(block: FastBlock, layout: BlockLayout, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

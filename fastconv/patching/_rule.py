@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from ._analysis import Unsupported
+from ._graph import Unsupported
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 from ..ops import is_disabled, squeeze_excite
-from ._analysis import _MUL, Unsupported, _is, trace
-from ._block import _autocast_dtype, _exporting, _input_reason, _parameter_reason
+from ._block import _exporting, _input_reason
+from ._graph import MUL, Unsupported, is_call, trace
 from ._module import FastModule, Kinds, backend_of, bypass_reason, child_at, unwrapped
 from ._rule import Rule
+from ._run_body import autocast_dtype, parameter_reason
 
 OP = "squeeze_excite"
 _ACTIVATIONS = "torch.nn.modules.activation"
@@ -76,7 +77,7 @@ RULES = (
 def _read(module: nn.Module, inline: tuple[str, ...]) -> GateLayout:
     """x * gate([fc2(act(] fc1(mean(x)) [))]), with any Identity between."""
     x, result = trace(module, inline)
-    factors = result.args if _is(result, _MUL) else ()
+    factors = result.args if is_call(result, MUL) else ()
     if len(factors) != 2 or x not in factors:
         raise Unsupported("its result is not its input times a gate")
     node = factors[1] if factors[0] is x else factors[0]
@@ -153,7 +154,7 @@ class FastGate(FastModule):
         if layout.fc2:
             fc2 = child_at(self, layout.fc2)
             second = fc2.weight, fc2.bias
-        return squeeze_excite(x, *first, *second, layout.act, layout.gate, "NCHW", compute_dtype=_autocast_dtype(x))
+        return squeeze_excite(x, *first, *second, layout.act, layout.gate, "NCHW", compute_dtype=autocast_dtype(x))
 
 
 def _reason(module: FastGate, layout: GateLayout, x: torch.Tensor) -> str:
@@ -163,12 +164,12 @@ def _reason(module: FastGate, layout: GateLayout, x: torch.Tensor) -> str:
         return reason
     weights = [(path, child_at(module, path)._parameters.get("weight")) for path in (layout.fc1, layout.fc2) if path]
     for path, weight in weights:
-        reason = _parameter_reason(path, weight, x)
+        reason = parameter_reason(path, weight, x)
         if reason:
             return reason
     if x.shape[1] != child_at(module, layout.fc1).in_channels:
         return "the input does not have the module's channels"
-    if _autocast_dtype(x) is None:
+    if autocast_dtype(x) is None:
         same = all(weight is None or weight.dtype == x.dtype for _, weight in weights)
         return "" if same else "input and layers have different dtypes"
     double = any(t is not None and t.dtype == torch.float64 for t in (x, *(weight for _, weight in weights)))

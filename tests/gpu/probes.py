@@ -110,8 +110,13 @@ def shuffles(run: Machine) -> dict[str, Seen]:
     y, wide = full(4, 32), full(3, 32, dtype=torch.float64)
     run("shuffles", torch.randn(32), y)
     run("wide_shuffles", torch.randn(32, dtype=torch.float64), wide)
+    words = full(4097, 32, dtype=torch.int32)
+    run("words", torch.tensor([0x55550000] + [0] * 30 + [0x1234], dtype=torch.int32), words)
+    permuted = full(4097, 32, dtype=torch.int32)
+    run("words", torch.randint(2**31 - 1, (32,), dtype=torch.int32), permuted)
     names = ("shuffle_xor", "shuffle_down", "shuffle", "warp_sum")
-    return {name: Seen(row) for name, row in zip(names, y)} | {f"{name} of 8 bytes": Seen(row) for name, row in zip(names, wide)}
+    seen = {name: Seen(row) for name, row in zip(names, y)} | {f"{name} of 8 bytes": Seen(row) for name, row in zip(names, wide)}
+    return {**seen, "warp_any": Seen(words[0]), "byte_permute": Seen(permuted[1:])}
 
 
 def widths(run: Machine) -> dict[str, Seen]:
@@ -238,6 +243,7 @@ def launches(run: Machine) -> dict[str, Seen]:
         "their codes": Seen(codes, judged=False),
         "untouched": Seen(out),
         "the launch after": Seen(after),
+        "shared_memory_limit": Seen(torch.tensor(run.library.probe_shared_memory_limit())),
     }
 
 

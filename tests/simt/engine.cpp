@@ -207,3 +207,4 @@ SIMT_EXPORT void simt_configure(int order, unsigned seed, unsigned workers, int6
   simt::config = {static_cast<simt::Order>(order), seed, workers, shared_limit, last_blocks, count != 0};
 }
 SIMT_EXPORT const char* simt_message() { return simt::message().c_str(); }
+SIMT_EXPORT int64_t simt_shared_limit() { return simt::config.shared_limit; }

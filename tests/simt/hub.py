@@ -18,7 +18,6 @@ from . import build
 from .control import Simulator
 
 NAMESPACE = "fastconv_simt"
-CUDA_OPS = tuple(sorted(op for op, backends in OPS.items() if "cuda" in backends))
 _loaded: dict[pathlib.Path, Simulator] = {}
 _definitions: list[torch.library.Library] = []
 
@@ -31,7 +30,7 @@ def load(path: pathlib.Path | None = None) -> Simulator:
         if _loaded:
             raise RuntimeError(f"{next(iter(_loaded))} is loaded; another library of simulated ops needs another process")
         definitions = torch.library.Library(NAMESPACE, "FRAGMENT")
-        for op in CUDA_OPS:
+        for op in (op for op, backends in OPS.items() if "cuda" in backends):
             for name, schema in hub(op).SCHEMAS.items():
                 definitions.define(name + schema)
                 fake = getattr(hub(op), name.replace(op, "_fake"))
@@ -49,7 +48,7 @@ def simulated(path: pathlib.Path | None = None):
     real = _registry.missing
 
     def missing(op, backend, device, dtypes):
-        if backend != "cuda" or torch.device(device).type != "cpu":
+        if backend != "cuda" or torch.device(device).type != "cpu" or "cuda" not in OPS[op]:
             return real(op, backend, device, dtypes)
         return real(op, backend, "cuda", dtypes) if torch.float64 in dtypes else ""
 

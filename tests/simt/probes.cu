@@ -36,6 +36,16 @@ __global__ void shuffles_kernel(const float* in, float* out) {
   store_global(out + 96 + threadIdx.x, warp_sum(v));
 }
 
+// Whether any lane holds a 1, for each bit of in; then the bytes of in and of the next lane's, picked in each order of four.
+__global__ void words_kernel(const uint32_t* in, uint32_t* out) {
+  const uint32_t v = load_global<uint32_t>(in + threadIdx.x), other = shuffle_down(v, 1);
+  uint32_t any = 0;
+  for (int bit = 0; bit < 32; ++bit) any |= static_cast<uint32_t>(warp_any(v >> bit & 1)) << bit;
+  store_global(out + threadIdx.x, any);
+  for (uint32_t i = 0; i < 1 << 12; ++i)
+    store_global(out + (i + 1) * kWarp + threadIdx.x, byte_permute(v, other, (i & 7) | (i >> 3 & 7) << 4 | (i >> 6 & 7) << 8 | i >> 9 << 12));
+}
+
 // Fresh shared memory, static and dynamic.
 __global__ void fresh_kernel(float* out) {
   FC_SHARED(float, tile, kWarp);
@@ -320,6 +330,8 @@ PROBE int probe_reverse(const void* in, void* out, int barrier) { return run(rev
 PROBE int probe_reverse_warp(const void* in, void* out, int barrier) { return run(reverse_warp_kernel, kWarp, in, out, barrier); }
 PROBE int probe_overwrite(const void* in, void* out, int barrier) { return run(overwrite_kernel, kThreads, in, out, barrier); }
 PROBE int probe_shuffles(void* in, void* out) { return launch(shuffles_kernel, 1, kWarp, 0, nullptr, FLOATS(in), FLOATS(out)); }
+#define WORDS(p) static_cast<uint32_t*>(p)
+PROBE int probe_words(void* in, void* out) { return launch(words_kernel, 1, kWarp, 0, nullptr, WORDS(in), WORDS(out)); }
 PROBE int probe_fresh(void* out) { return launch(fresh_kernel, 1, kWarp, 4 * kWarp, nullptr, FLOATS(out)); }
 PROBE int probe_copies(void* in, void* out) { return launch(copies_kernel, 1, kWarp, 0, nullptr, FLOATS(in), FLOATS(out)); }
 PROBE int probe_small_copies(void* in, void* out) { return launch(small_copies_kernel, 1, kWarp, 0, nullptr, FLOATS(in), FLOATS(out)); }
@@ -383,3 +395,5 @@ PROBE int64_t probe_partial_floats(int what, int64_t N, int64_t H, int64_t W, in
   const fastconv::ConvShape s{N, H, W, C, K};
   return what == 0 ? fastconv::conv_wgrad_floats(s) : what == 1 ? fastconv::norm_bwd_floats(s) : residual_scale_slices(s.pixels(), C) * C;
 }
+PROBE int64_t probe_shared_memory_limit() { return shared_memory_limit(); }
+#include "mma_probes.h"

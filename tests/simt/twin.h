@@ -33,6 +33,12 @@ using simt::Use;
 inline void sync_threads(Site site = Site::current()) { simt::sync_threads(site); }
 inline void sync_warp(Site site = Site::current()) { simt::sync_warp(site); }
 
+inline uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector) {
+  const uint64_t bytes = a | static_cast<uint64_t>(b) << 32;
+  uint32_t picked = 0;
+  for (unsigned i = 0; i < 4; ++i) picked |= static_cast<uint32_t>(bytes >> (selector >> 4 * i & 7) * 8 & 0xFF) << 8 * i;
+  return picked;
+}
 inline uint32_t float_bits(float v) { return std::bit_cast<uint32_t>(v); }
 inline float bits_float(uint32_t v) { return std::bit_cast<float>(v); }
 inline float to_float(float v) { return v; }
@@ -161,6 +167,15 @@ template <class T> T shuffle_down(T v, int delta, Site site = Site::current()) {
   return shuffle_from("shuffle_down", v, from < kWarp ? from : simt::lane(), site);
 }
 template <class T> T shuffle(T v, int lane, Site site = Site::current()) { return shuffle_from("shuffle", v, lane & (kWarp - 1), site); }
+
+inline bool warp_any(bool v, Site site = Site::current()) {
+  const simt::Lanes* lanes = simt::exchange("warp_any", &v, sizeof v, site);
+  bool any = false;
+  for (unsigned lane = 0; lane < kWarp; ++lane) simt::peek(lanes, lane, &v, sizeof v), any |= v;
+  return any;
+}
+
+inline int64_t shared_memory_limit() { return simt::config.shared_limit; }
 
 template <class... P, class... A>
 int launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t, A&&... args) {

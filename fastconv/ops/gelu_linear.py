@@ -1,0 +1,168 @@
+"""Hub of `gelu_linear`: check, reference, raw ops, Function and public function."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from . import _registry
+from ._checks import check_device, check_float, dense, resolve_dtypes, without_autocast
+from ._function import first_order_only, needs_grad
+from ._linear import as_convolution, convolution_is_faster
+
+OP = "gelu_linear"
+APPROXIMATIONS = ("none", "tanh")
+
+
+def check(x, weight, bias, approximate="none") -> None:
+    for name, tensor in (("x", x), ("weight", weight)):
+        check_float(OP, name, tensor)
+    if x.dim() < 1 or weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
+        raise ValueError(
+            f"{OP}: x must be (..., C) and weight (D, C), got {tuple(x.shape)} and {tuple(weight.shape)}; nn.Linear.weight has that form"
+        )
+    if bias is not None:
+        check_float(OP, "bias", bias)
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"{OP}: bias must be (D,) with D={weight.shape[0]}, got {tuple(bias.shape)}")
+        if bias.dtype != weight.dtype:
+            raise TypeError(f"{OP}: bias must have the dtype of weight ({weight.dtype}), got {bias.dtype}; convert one")
+    if approximate not in APPROXIMATIONS:
+        raise ValueError(f"{OP}: approximate must be one of {', '.join(map(repr, APPROXIMATIONS))}, got {approximate!r}")
+    check_device(OP, x, weight=weight, bias=bias)
+
+
+def reference(x, weight, bias=None, approximate="none", compute_dtype=None):
+    """Plain PyTorch, in any dtype: the eager backend, and in float64 the truth of the tests."""
+    compute_dtype = compute_dtype or x.dtype
+    with without_autocast(x.device):
+        y = F.gelu(x, approximate=approximate).to(compute_dtype)
+        return F.linear(y, weight.to(compute_dtype), None if bias is None else bias.to(compute_dtype))
+
+
+# Raw ops on flat tensors: what gelu_linear does beside PyTorch's own matrix products. Backward returns dx = gelu'(x) dy and,
+# if needed, gelu(x) again in dy's dtype.
+SCHEMAS = {
+    "gelu_linear_fwd": "(Tensor x, bool tanh, ScalarType out_dtype) -> Tensor",
+    "gelu_linear_bwd": "(Tensor dy, Tensor x, bool tanh, bool need_y) -> (Tensor dx, Tensor y)",
+}
+
+
+def _fake_fwd(x, tanh, out_dtype):
+    return x.new_empty(x.shape, dtype=out_dtype)
+
+
+def _fake_bwd(dy, x, tanh, need_y):
+    return x.new_empty(x.shape), dy.new_empty(x.shape if need_y else (0,))
+
+
+_registry.define(
+    OP,
+    SCHEMAS,
+    {"gelu_linear_fwd": _fake_fwd, "gelu_linear_bwd": _fake_bwd},
+    {
+        "gelu_linear_fwd": lambda x_shape, *args, **kwargs: x_shape[0],  # a GELU counts as one
+        "gelu_linear_bwd": lambda dy_shape, *args, **kwargs: 2 * dy_shape[0],
+    },
+    backends=("cpu", "triton"),
+    # A training step, one thread of an AMD EPYC, 2026-11-23: 0.69x at 3 k elements of x, 0.95x at 0.5 M, 1.00x at 1.2 M and
+    # 1.05x at 2.4 M.
+    min_cpu_elements=1_000_000,
+)
+
+
+def _linear(x, weight, bias):
+    return as_convolution(x, weight, bias) if convolution_is_faster(x, weight) else F.linear(x, weight, bias)
+
+
+class GeluLinear(torch.autograd.Function):
+    """Autograd of gelu_linear; use the function, which checks and chooses the backend."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, approximate, dtype, backend):
+        ctx.tanh, ctx.dtype, ctx.backend = approximate == "tanh", dtype, backend
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, weight, bias)
+        with without_autocast(x.device):
+            y = _registry.raw("gelu_linear_fwd", backend)(x.view(-1), ctx.tanh, dtype).view(x.shape)
+            return _linear(y, weight.to(dtype), None if bias is None else bias.to(dtype))
+
+    @staticmethod
+    @first_order_only(OP)
+    def backward(ctx, saved, dout):
+        if dout is None:
+            return (None,) * 6
+        x, weight, bias = saved
+        need_dx, need_dweight, need_dbias = ctx.needs_input_grad[:3]
+        weight_as = weight.to(ctx.dtype)
+        rows = dout.contiguous().view(-1, weight.shape[0])
+        dx = y = dweight = None
+        if need_dx:
+            dy = _linear(rows, weight_as.t(), None)
+            dx, y = _registry.raw("gelu_linear_bwd", ctx.backend)(dy.contiguous().view(-1), x.view(-1), ctx.tanh, need_dweight)
+            dx = dx.view(x.shape)
+        elif need_dweight:
+            y = _registry.raw("gelu_linear_fwd", ctx.backend)(x.view(-1), ctx.tanh, ctx.dtype)
+        if need_dweight:
+            dweight = _weight_gradient(rows, y.view(-1, weight.shape[1]), weight_as).to(weight.dtype)
+        dbias = rows.sum(0).to(bias.dtype) if need_dbias else None
+        return dx, dweight, dbias, None, None, None
+
+
+def _weight_gradient(dout, y, weight):
+    """dout^T y, by the kernel of the forward."""
+    if not convolution_is_faster(y, weight):
+        return dout.t() @ y
+    as_image = [t.reshape(1, -1, 1, t.shape[-1]).permute(0, 3, 1, 2) for t in (dout, y)]
+    settings = [1, 1], [0, 0], [1, 1], False, [0, 0], 1  # stride, padding, dilation, transposed, output padding, groups
+    grads = torch.ops.aten.convolution_backward(*as_image, weight[:, :, None, None], None, *settings, [False, True, False])
+    return grads[1].view(weight.shape)
+
+
+def gelu_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    approximate: str = "none",
+    *,
+    compute_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """The second half of an MLP, a linear layer over GELU, that keeps only what came before the GELU.
+
+    y = gelu(x) weight^T + bias
+
+    Args:
+        x: (..., C) float32 | bfloat16 | float16 | float64. Any strides; contiguous costs no copy.
+        weight: (D, C); the dtype of x unless compute_dtype is given.
+        bias: (D,) of weight's dtype, or None.
+        approximate: "none" (exact) or "tanh", as in torch.nn.GELU.
+        compute_dtype: dtype of the matrix product and of the result; default x.dtype. Under autocast, pass its dtype: x and
+            the parameters then keep their own dtypes, and so do their gradients.
+
+    Returns:
+        (..., D). The matrix products are PyTorch's.
+
+    Raises:
+        ValueError: a shape or device does not fit. TypeError: a dtype does not fit. RuntimeError: a forced backend
+        cannot run the call, or a second derivative is asked for.
+
+    Deterministic: as PyTorch's matrix products are. Keeps x and weight for backward, where the same pass that forms dx
+    recomputes gelu(x) for dweight: one activation fewer than GELU and a linear layer keep between them. Under torch.compile
+    this is plain PyTorch, which recomputes it too.
+
+    Source: Hendrycks and Gimpel 2016 (GELU).
+    """
+    check(x, weight, bias, approximate)
+    dtype, _ = resolve_dtypes(OP, x, weight, compute_dtype, None)
+    backend = _registry.select(OP, x, weight, bias).backend
+    if backend in ("eager", "native"):
+        return reference(x, weight, bias, approximate, dtype)
+    if torch.compiler.is_compiling():
+        with without_autocast(x.device):
+            y = F.gelu(x, approximate=approximate).to(dtype)
+            return _linear(y, weight.to(dtype), None if bias is None else bias.to(dtype))
+    if not needs_grad(x, weight, bias):
+        with without_autocast(x.device):
+            y = _registry.raw("gelu_linear_fwd", backend)(x.contiguous().view(-1), approximate == "tanh", dtype).view(x.shape)
+            return _linear(y, weight.to(dtype), None if bias is None else bias.to(dtype))
+    return GeluLinear.apply(x.contiguous(), dense(weight), dense(bias), approximate, dtype, backend)

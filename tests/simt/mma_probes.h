@@ -1,0 +1,12 @@
+// The plans of csrc/cuda/conv_mma.h, for tests; the last part of probes.cu.
+#include "conv_mma.h"
+
+// The tensor cores' tiles of a convolution: fields of ConvMmaTiles, then the passes of an ldmatrix, the bytes of shared memory
+// forward and backward, and whether the table chooses them.
+PROBE void probe_mma_tiles(int64_t N, int64_t H, int64_t W, int64_t C, int64_t K, int64_t* out) {
+  const fastconv::ConvShape s{N, H, W, C, K};
+  const ConvMmaTiles t = conv_mma_tiles(s);
+  const int64_t values[] = {t.tall, t.slabs, t.across, t.bands, t.stacked, t.rows, t.pitch, t.stride, t.plane, t.count, mma_passes(t),
+                            conv_mma_shared(t, K, false), conv_mma_shared(t, K, true), conv_mma_pays(s, t)};
+  for (int64_t v : values) *out++ = v;
+}
