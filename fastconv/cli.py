@@ -73,7 +73,10 @@ def demo(
     image_size: Annotated[int | None, typer.Option(help="height and width of the images; default: 64, with --pretrain 128")] = None,
     seed: Annotated[int, typer.Option(help="of weights, batches and stochastic depth")] = 0,
     output: Annotated[Path | None, typer.Option(help="where the picture goes; default: fastconv-demo.png, fastconv-pretrain.png")] = None,
-    pretrain: Annotated[bool, typer.Option("--pretrain", help="masked pretraining of a ConvNeXt V2; shows what it fills in")] = False,
+    pretrain: Annotated[
+        bool,
+        typer.Option("--pretrain", help="masked pretraining of a ConvNeXt V2 or of mae_vit_base_patch16"),
+    ] = False,
     finetune: Annotated[
         str | None, typer.Option(help="transfer learning: linear (a new head alone), last-N (N stages and the head) or all")
     ] = None,

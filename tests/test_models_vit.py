@@ -285,6 +285,19 @@ def test_mae_masks_three_quarters_at_random():
     assert abs(total / 200 - 0.75).max() < 5 * (0.75 * 0.25 / 200) ** 0.5  # no place is preferred
 
 
+@pytest.mark.parametrize("norm_pix_loss", [False, True])
+def test_mae_reconstructs_what_it_is_told(norm_pix_loss):
+    """A perfect prediction gives the image back and no loss; visible patches are never touched."""
+    model, x = small_mae(norm_pix_loss=norm_pix_loss).eval(), images(32, 2)
+    patches, mean, scale = model.targets(x)
+    mask = (torch.arange(patches.shape[1]) % 4 > 0).float().expand(2, -1)
+    perfect = (patches - mean) / scale
+    torch.testing.assert_close(model.reconstruct(x, perfect, mask), x)
+    assert model.forward_loss(x, perfect, mask) < 1e-12
+    wrong = mae.patchify(model.reconstruct(x, perfect + 1, mask), model.patch_size)
+    assert torch.equal(wrong[mask == 0], patches[mask == 0]) and (wrong - patches)[mask == 1].abs().min() > 1e-3
+
+
 def test_mae_loss_sees_masked_patches_only():
     """Nothing of a masked patch reaches the encoder, and nothing of a visible one the loss but as context."""
     model, x = small_mae().eval(), images(32, 1)

@@ -14,8 +14,7 @@ import torch.fx
 import torch.nn.functional as F
 from torch import nn
 
-from ..ops import _linear
-from ._body import GELU_LINEAR, Body, read_body
+from ._body import Body, read_body
 from ._graph import (
     ADD,
     MASK,
@@ -263,8 +262,6 @@ def _parse(block, steps, shortcut, drop_paths, inline, in_place, masked):
 
     body, body_sites = read_body(block, body, inline)
     sites.update(body_sites)
-    if _linear.PREFERS_CONVOLUTION and set(body.linears) - {f.path for f in body.fusions if f.op == GELU_LINEAR}:
-        sites["linear"] = ("native", "as 1x1 convolutions where oneDNN beats MKL")
 
     def kinds(*paths: str) -> Kinds:
         return tuple((path, unwrapped(type(child_at(block, path)))) for path in paths if path)

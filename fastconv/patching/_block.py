@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 
 import torch
@@ -13,8 +12,8 @@ from ..ops._function import constant_when_traced
 from ..ops._registry import REROUTED
 from ._analysis import BlockLayout, read_block
 from ._body import GELU_LINEAR, GRN
-from ._graph import Unsupported
 from ._module import PLAIN, FastModule, bypass_reason, child_at, choose, sites_of
+from ._rule import Rule
 from ._run_body import active_fusions, autocast_dtype, may_reroute, output_dtype, parameter_reason, plain_steps, run_body
 
 FUSED = ("depthwise_conv_norm", "residual_scale")
@@ -22,35 +21,21 @@ OPS = (*FUSED, GRN, GELU_LINEAR, *REROUTED)
 
 
 @dataclass(frozen=True)
-class BlockRule:
-    """Classes of ConvNeXt blocks: `classes` of the module `defined_in`, looked up only if the user has imported it."""
+class BlockRule(Rule):
+    """Classes of ConvNeXt blocks."""
 
-    defined_in: str
-    classes: tuple[str, ...]
     drop_paths: tuple[str, ...] = ("drop_path",)
     inline: tuple[str, ...] = ()  # children to read through, because the convolution lies inside
     in_place: bool = False  # the sum is written over the branch
 
-    def matches(self, module: nn.Module) -> bool:
-        library = sys.modules.get(self.defined_in)
-        return library is not None and isinstance(module, tuple(c for c in (getattr(library, n, None) for n in self.classes) if c))
+    ops = FUSED
 
-    def inspect(self, block: nn.Module) -> tuple[BlockLayout | None, dict[str, tuple[str, str]]]:
-        """The layout, and (status, reason) of each op. Without a layout every op is declined."""
-        training = block.training
-        try:
-            if "forward" in block.__dict__:
-                raise Unsupported("its forward is replaced on the instance")
-            found = []
-            for block.training in (not training, training):
-                found.append(read_block(block, self.drop_paths, self.inline, self.in_place))
-            if found[0] != found[1]:
-                raise Unsupported("its forward computes something else in training than in eval mode")
-            return found[0]
-        except Unsupported as error:
-            return None, dict.fromkeys(FUSED, ("declined", str(error)))
-        finally:
-            block.training = training
+    @property
+    def mixin(self) -> type:
+        return FastBlock
+
+    def read(self, module: nn.Module) -> tuple[BlockLayout, dict[str, tuple[str, str]]]:
+        return read_block(module, self.drop_paths, self.inline, self.in_place)
 
 
 class FastBlock(FastModule):

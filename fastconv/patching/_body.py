@@ -10,6 +10,7 @@ import torch.fx
 import torch.nn.functional as F
 from torch import nn
 
+from ..ops import _linear
 from ._graph import ADD, MUL, VIEWS, Step, Unsupported, is_call, is_child, scale, trace
 from ._module import Kinds, child_at, unwrapped
 
@@ -64,27 +65,32 @@ def read_body(block: nn.Module, steps: list[Step], inline: tuple[str, ...]) -> t
     def kinds(paths) -> Kinds:
         return tuple((path, unwrapped(type(child_at(block, path)))) for path in paths)
 
+    if _linear.PREFERS_CONVOLUTION and set(linears) - {f.path for f in fusions if f.op == GELU_LINEAR}:
+        sites["linear"] = ("native", "as 1x1 convolutions where oneDNN beats MKL")
     if not linears and not fusions:
         leaves, containers = [], []
     return Body(tuple(steps), tuple(leaves), kinds(containers), tuple(linears), kinds(linears), fusions), sites
 
 
-def _opened(block: nn.Module, path: str) -> tuple[list[str], list[str]]:
-    """(leaves, containers) of a child whose forward only calls its children one after another; ([path], []) for any other."""
-    child = child_at(block, path)
+def chain(module: nn.Module) -> list[str] | None:
+    """The children that the module's forward calls one after another, where it does nothing else."""
     try:
-        x, node = trace(child) if len(child._modules) else (None, None)
+        x, node = trace(module) if len(module._modules) else (None, None)
     except Unsupported:
-        x = None
-    if x is None:
-        return [path], []
+        return None
     names = []
     while node is not x:
         if node.op != "call_module" or len(node.args) != 1 or node.kwargs or len(node.users) != 1:
-            return [path], []
+            return None
         names.insert(0, node.target)
         node = node.args[0]
-    if len(x.users) != 1:
+    return names if x is not None and len(x.users) == 1 else None
+
+
+def _opened(block: nn.Module, path: str) -> tuple[list[str], list[str]]:
+    """(leaves, containers) of a child that is a chain; ([path], []) for any other."""
+    names = chain(child_at(block, path))
+    if names is None:
         return [path], []
     leaves, containers = [], [path]
     for name in names:

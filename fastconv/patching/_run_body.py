@@ -114,8 +114,13 @@ def _fits(block: FastModule, fusion: Fusion, y: torch.Tensor) -> bool:
     """Whether what comes out of the layer before is what the op takes; it may be anybody's layer."""
     reason, dtypes = "", {p.dtype for p in _parameters(block, fusion) if p is not None}
     channels = child_at(block, fusion.path)._parameters[fusion.weight].flatten(1 if fusion.op == GELU_LINEAR else 0).shape[-1]
-    if type(y) not in PLAIN or y.dim() != 4 or y.shape[-1 if fusion.view == "nhwc" else 1] != channels:
-        reason = f"{fusion.path} gets no (N, H, W, C) tensor"
+    if (
+        type(y) not in PLAIN
+        or y.dim() < 2
+        or (y.dim() != 4 and (fusion.op == GRN or fusion.view == "nchw"))
+        or y.shape[-1 if fusion.view == "nhwc" else 1] != channels
+    ):
+        reason = f"{fusion.path} gets no tensor of its shape"
     elif not _mixes(fusion.op, y, dtypes):
         reason = f"the input of {fusion.path} and its parameters have different dtypes"
     if reason:
