@@ -92,6 +92,7 @@ constexpr int64_t conv_mma_shared(const ConvMmaTiles& t, int64_t K, bool centre)
 // The choice between the kernels of this library, for every GPU from sm_80 on. No GPU has decided: by counters (README.md). A
 // tile costs the tensor cores' kernel the same however few of its outputs lie on the map, about as much as the plain kernel
 // takes for a third of them with 7 x 7 taps, for three fifths with 5 x 5; 3 x 3 moves its bytes in time without tensor cores.
+// Backward, x and dx may be float32 beside a dy of 16 bits, as autocast leaves them.
 //
 //   K        dtype             share of a tile on the map    kernel    decided
 //   7        bfloat16, float16 >= 1/3                        mma       by counters
