@@ -22,14 +22,15 @@ def test_soft_labels(temperature):
 
 def test_gradients_of_soft_labels_hardly_depend_on_the_temperature():
     """For logits that are small against T: (q - p) / T times T^2 / T."""
-    student, teacher = torch.randn(4, 5, dtype=torch.float64) * 1e-3, torch.randn(4, 5, dtype=torch.float64) * 1e-3
+    g = torch.Generator().manual_seed(0)
+    student, teacher = (1e-3 * torch.randn(4, 5, generator=g, dtype=torch.float64) for _ in range(2))
     gradients = []
     for temperature in (1.0, 8.0):
         x, t = student.clone().requires_grad_(), teacher.clone().requires_grad_()
         soft_label_loss(x, t, temperature).backward()
         gradients.append(x.grad)
         assert t.grad is None
-    torch.testing.assert_close(*gradients, rtol=1e-2, atol=0)
+    assert (gradients[0] - gradients[1]).norm() <= 1e-2 * gradients[1].norm()
 
 
 def test_cosine_of_features():
@@ -49,7 +50,7 @@ def test_cosine_of_features():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_computed_wide(dtype):
-    a, b = torch.randn(2, 3, 64).mul(30).to(dtype)
+    a, b = torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(0)).mul(30).to(dtype)
     for loss in (soft_label_loss, cosine_feature_loss):
         assert loss(a, b).dtype == torch.float32
         torch.testing.assert_close(loss(a, b), loss(a.float(), b.float()))

@@ -79,8 +79,8 @@ constexpr ConvMmaTiles conv_mma_tiles(const ConvShape& s) {
 }
 
 // Bytes of shared memory: the windows of the strips, the pairs of weights, the planes of a tile, and backward those of x without
-// a halo. The upper eight
-// channels lie half the banks further on than their pitch says, so that a warp with two lanes to a pixel meets no bank twice.
+// a halo. The upper eight channels lie half the banks further on than their pitch says, so that a warp with two lanes to a pixel
+// meets no bank twice.
 constexpr int kMmaSkew = 64, kMmaCentre = kMmaStrips * kMmaRows * 16;  // bytes; of a plane without a halo
 constexpr int kMmaWindows = 128;  // bytes
 constexpr int kMmaPairs = 22;  // of weights to a tap row: see conv_mma.cuh
