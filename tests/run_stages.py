@@ -27,10 +27,10 @@ class Stage(NamedTuple):
 
 STAGES = (
     Stage("lint", 0.5),
-    Stage("ops", 5),  # op contract, hubs, CPU kernels, and every file that no other stage names
-    Stage("cuda", 6, ("test_cuda*.py", "test_simt*.py", "test_geometry.py")),
+    Stage("ops", 4),  # op contract, hubs, CPU kernels, and every file that no other stage names
+    Stage("cuda", 6.5, ("test_cuda*.py", "test_simt*.py", "test_geometry.py")),
     Stage("triton", 3.5, ("test_triton*.py",)),
-    Stage("patch", 4.5, ("test_patch*.py", "test_convergence*.py")),
+    Stage("patch", 5, ("test_patch*.py", "test_convergence*.py")),
     Stage("models", 4.5, ("test_models*.py", "test_zoo*.py", "test_cli*.py", "test_demo*.py")),
     Stage("build", 1.5, ("test_build.py",)),
     Stage("benchmarks", 1, ("test_benchmarks.py",)),
