@@ -30,8 +30,11 @@ class MlpRule(Rule):
     inside_blocks = False
 
     def matches(self, module: nn.Module) -> bool:
-        named = all(name in module._modules for name in _PARTS) and all(isinstance(module._modules[n], nn.Linear) for n in ("fc1", "fc2"))
-        return named or (bool(self.classes) and super().matches(module))
+        fc1, _, fc2 = (module._modules.get(name) for name in _PARTS)
+        linear = "act" in module._modules and isinstance(fc1, nn.Linear) and isinstance(fc2, nn.Linear)
+        if linear and fc1.out_features == fc2.in_features:  # a gated MLP's is twice as wide
+            return True
+        return bool(self.classes) and super().matches(module)
 
     @property
     def mixin(self) -> type:
