@@ -17,10 +17,10 @@ csatv2 = importlib.import_module("timm.models.csatv2")  # timm.models.csatv2 is 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def gated_block(kind, drop_path=0.0):
+def gated_block(kind, drop_path=0.0, stride=2):
     """A block of csatv2 with a small gate: its own normalises single channels, whose gradients are rounding errors."""
     block = kind(8, drop_path, ls_init_value=0.5)
-    block.attn = nn.Sequential(nn.Conv2d(8, 1, 3, padding=1, bias=False), nn.Sigmoid())
+    block.attn = nn.Sequential(nn.Conv2d(8, 1, 3, stride, padding=1, bias=False), nn.Sigmoid())
     return block
 
 
@@ -55,7 +55,7 @@ def test_what_a_gate_computes_is_read(gated, reason, monkeypatch):
     monkeypatch.setattr(GateVariant, "gated", gated, raising=False)
     monkeypatch.setattr(csatv2, "Block", GateVariant)
     torch.manual_seed(0)
-    plain = randomise_(nn.Sequential(gated_block(GateVariant)))
+    plain = randomise_(nn.Sequential(gated_block(GateVariant, stride=1 if reason else 2)))
     model = copy.deepcopy(plain)
     report = fastconv.patch(model)
     assert all(reason in s.reason for s in report.sites) if reason else not report.declined
