@@ -9,8 +9,8 @@ from torch import nn
 
 
 class Spec(NamedTuple):
-    """One bundled model: the function `name` in the file `module`, parameters (millions), GMACs an image at `resolution`, and
-    the ops that it gains from."""
+    """One bundled model: the function `name` in the file `module`, parameters (millions), GMACs an image at `resolution` (of a
+    pretraining those of its own forward, three quarters masked), and the ops that it gains from."""
 
     name: str
     module: str
@@ -95,6 +95,14 @@ _family(
     vit_huge_patch14_224=(632.05, 167.30, 224),
 )
 _family("vit", "DeiT", ("gelu_linear",), deit_base_distilled_patch16_224=(87.34, 17.66, 224))
+_family(
+    "mae",
+    "MAE",
+    ("gelu_linear",),
+    mae_vit_base_patch16=(111.91, 9.78, 224),
+    mae_vit_large_patch16=(329.54, 20.76, 224),
+    mae_vit_huge_patch14=(657.07, 48.56, 224),
+)
 _family("beit", "BEiT", ("gelu_linear",), beit_base_patch16_224=(86.53, 17.56, 224), beit_large_patch16_224=(304.43, 61.55, 224))
 _family("eva", "EVA", ("gelu_linear",), eva_giant_patch14_224=(1012.56, 267.03, 224))
 _family(
