@@ -36,7 +36,7 @@ COUNTERS = {
     ("forward", 2): Counters(2, 0.016, 128.0, 0.172, 784, 8),
     ("forward", 3): Counters(2, 0.016, 128.0, 0.179, 784, 8),
     ("forward", 4): Counters(2, 0.016, 128.0, 0.209, 784, 14),
-    ("backward", 1): Counters(3, 0.271, 240.0, 0.302, 896, 8),
+    ("backward", 1): Counters(3, 0.175, 240.0, 0.281, 896, 8),
     ("backward", 2): Counters(3, 0.287, 274.3, 0.318, 784, 8),
     ("backward", 3): Counters(3, 0.287, 274.3, 0.324, 784, 8),
     ("backward", 4): Counters(3, 0.287, 274.3, 0.355, 784, 14),

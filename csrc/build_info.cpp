@@ -58,6 +58,13 @@ PYBIND11_MODULE(_C, m) {
     const auto t = fastconv::conv_backward_tiles(s);
     return py::make_tuple(t.images, t.rows, t.columns, t.count, fastconv::conv_wgrad_slices(s), fastconv::norm_bwd_slices(s));
   }, FC_SHAPE, "(images, rows, columns, tiles, partials of dweight, partials of dnorm_weight) of the backward pass on a GPU.");
+  m.def("cuda_response_plan", [](int64_t L, int64_t C, int64_t width, int64_t size, int64_t sums, int64_t shared, int64_t cluster) {
+    const auto p = fastconv::response_plan(L, C, width, size, sums, {shared, 132, cluster});
+    return py::make_tuple(p.blocks, p.threads, p.shared);
+  }, shape("L"), shape("C"), shape("width"), shape("size"), shape("sums"), shape("shared"), shape("cluster"),
+     "(blocks of an image, threads, bytes of shared memory) of a global_response_norm that holds an image of L pixels on the chip, `size` bytes"
+     " of an element and `sums` of a channel, in accesses of `width` elements, on a GPU of so much shared memory a block and so many blocks"
+     " a cluster. No blocks: two passes over memory.");
   m.def("cuda_partial_floats", [](int64_t N, int64_t H, int64_t W, int64_t C, int64_t K, bool norm) {
     const ConvShape s{N, H, W, C, K};
     return fastconv::conv_wgrad_floats(s) + (norm ? fastconv::norm_bwd_floats(s) : 0);

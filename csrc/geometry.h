@@ -94,9 +94,9 @@ constexpr ConvTiles conv_tiles(const ConvShape& s, int64_t max_rows, int64_t max
 constexpr ConvTiles conv_forward_tiles(const ConvShape& s, int64_t size) { return size == 2 ? conv_tiles(s, 14, 4) : conv_tiles(s, 20, 2); }
 constexpr ConvTiles conv_backward_tiles(const ConvShape& s) { return conv_tiles(s, 14, 2); }
 
-// What a plan asks of the GPU: bytes of shared memory that a block may have, and multiprocessors.
+// What a plan asks of the GPU: bytes of shared memory that a block may have, multiprocessors, and the most blocks of a cluster.
 struct Gpu {
-  int64_t shared, multiprocessors;
+  int64_t shared, multiprocessors, cluster = 1;
 };
 
 // Forward with the norm in one launch: a block owns all channels of a tile, whose convolution output waits in shared memory
@@ -157,6 +157,37 @@ constexpr int64_t norm_bwd_slices(const ConvShape& s) {
   return std::max<int64_t>(1, std::min(std::max(kFew, std::min(kBlocks, s.pixels() / 256)), ceil_div(s.pixels(), 32)));
 }
 constexpr int64_t norm_bwd_floats(const ConvShape& s) { return norm_bwd_slices(s) * 2 * s.C; }
+
+// Runs of pixels with one partial sum each in every image of a global_response_norm in two passes. By the image alone: what
+// becomes of one does not depend on those beside it.
+constexpr int64_t response_slices(int64_t L) { return std::max<int64_t>(1, std::min<int64_t>(64, ceil_div(L, 96))); }
+
+// In one pass: the blocks of a cluster hold an image in shared memory, a run of pixels each, between the sums over it and what
+// these are for. Two blocks to a multiprocessor read while the other computes or writes; where but one fits, it has twice the
+// threads. By counters and arithmetic, not yet measured on a GPU.
+struct ResidentPlan {
+  int64_t blocks, threads, shared;  // of an image, 0: it does not fit; of a block; bytes of a block
+  int64_t half;                     // floats to the second half of a row of coefficients, see global_response_norm.cuh
+};
+constexpr int64_t kResponseGap = 16;  // floats between planes that neighbouring lanes store to and read from
+constexpr int64_t response_scratch_floats(int64_t width, int64_t threads) { return width * threads + ceil_div(width, 4) * kResponseGap; }
+
+// Images of L pixels and C channels in accesses of `width`; `size`: bytes kept of an element; `sums`: over each channel.
+constexpr ResidentPlan response_plan(int64_t L, int64_t C, int64_t width, int64_t size, int64_t sums, const Gpu& gpu) {
+  constexpr int64_t kReserved = 1 << 10, kThreads = 256;  // bytes of each block, for the system
+  constexpr int64_t kPortable = 8;                         // blocks of a cluster that every GPU with clusters takes
+  ResidentPlan best{};
+  if (width == 1) return best;
+  for (int64_t blocks = 1; blocks <= gpu.cluster; blocks *= 2) {
+    const int64_t half = round_up(C / 2, 32) + kResponseGap;
+    const auto shared = [&](int64_t threads) {
+      return round_up(ceil_div(L, blocks) * C * size, 16) + 4 * (sums * (C + 2 * half) + response_scratch_floats(width, threads));
+    };
+    if (best.blocks == 0 && shared(2 * kThreads) <= gpu.shared) best = {blocks, 2 * kThreads, shared(2 * kThreads), half};
+    if (blocks <= kPortable && 2 * shared(kThreads) + kReserved <= gpu.shared) return {blocks, kThreads, shared(kThreads), half};
+  }
+  return best;
+}
 
 // Floating-point operations: a multiply-add counts as two. The norm: 8 an element forward, 14 backward.
 constexpr int64_t conv_flops(const ConvShape& s) { return 2 * s.elements() * s.K * s.K; }

@@ -82,6 +82,7 @@ def _conv_cases(op: str) -> list[Case]:
         cases += [
             Case(op, (2, 6, 9, 24), K=3, wide=("norm",)),
             Case(op, (2, 6, 9, 24), wide=("weight",)),
+            Case(op, (2, 7, 9, 19), wide=("x", *params, "out")),  # as before, element by element
             Case(op, (1, 6, 7, 32), K=3, scale=1e-3, without=("bias",)),  # eps is as large as the variance
             Case(op, (1, 6, 7, 32), K=3, offset=1e3, dtypes=(torch.float32, torch.float64)),  # mean far above the deviation
         ]

@@ -16,6 +16,7 @@ except ImportError as error:
 from . import doctor as _doctor
 from . import zoo
 from .models import MODELS
+from .published import show
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -27,8 +28,14 @@ def doctor() -> None:
 
 
 @app.command()
-def models(pattern: Annotated[str, typer.Argument(help='shell pattern; with a prefix, other libraries: "timm:convnext*"')] = "*") -> None:
+def models(
+    pattern: Annotated[str, typer.Argument(help='shell pattern; with a prefix, other libraries: "timm:convnext*"')] = "*",
+    published: Annotated[bool, typer.Option("--published", help="the ConvNeXt paper's comparison table, counted again")] = False,
+) -> None:
     """List the models that fastconv.create_model builds."""
+    if published:
+        show(pattern)
+        return
     try:
         names = zoo.list_models(pattern)
     except (ValueError, ImportError) as error:
@@ -38,10 +45,11 @@ def models(pattern: Annotated[str, typer.Argument(help='shell pattern; with a pr
     if ":" in pattern:
         print(*names, sep="\n")
         return
-    print(f"{'name':<25} {'family':<19} {'params M':>8} {'GMACs':>6} {'image':>5}  ops")
+    width = max(map(len, names))
+    print(f"{'name':<{width}} {'family':<19} {'params M':>8} {'GMACs':>6} {'image':>5}  ops")
     for name in names:
         spec = MODELS[name]
-        print(f"{name:<25} {spec.family:<19} {spec.params:8.2f} {spec.gmacs:6.2f} {spec.resolution:5}  {', '.join(spec.ops)}")
+        print(f"{name:<{width}} {spec.family:<19} {spec.params:8.2f} {spec.gmacs:6.2f} {spec.resolution:5}  {', '.join(spec.ops)}")
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -66,7 +74,16 @@ def demo(
     image_size: Annotated[int | None, typer.Option(help="height and width of the images; default: 64, with --pretrain 128")] = None,
     seed: Annotated[int, typer.Option(help="of weights, batches and stochastic depth")] = 0,
     output: Annotated[Path | None, typer.Option(help="where the picture goes; default: fastconv-demo.png, fastconv-pretrain.png")] = None,
-    pretrain: Annotated[bool, typer.Option("--pretrain", help="masked pretraining of a ConvNeXt V2; shows what it fills in")] = False,
+    pretrain: Annotated[
+        bool,
+        typer.Option("--pretrain", help="masked pretraining of a ConvNeXt V2 or of mae_vit_base_patch16"),
+    ] = False,
+    finetune: Annotated[
+        str | None, typer.Option(help="transfer learning: linear (a new head alone), last-N (N stages and the head) or all")
+    ] = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="state_dict to fine-tune; default: trained here first, on half of the classes")
+    ] = None,
 ) -> None:
     """Train a model on real images as it came and patched; exit with 1 if the losses differ or a block is not fused."""
     model = model or ("convnextv2_atto" if pretrain else "convnext_tiny")
@@ -75,7 +92,7 @@ def demo(
     try:
         from . import demo as _demo
 
-        options = _demo.Options(model, data, device, dtype, batch_size, steps, image_size, seed, output, pretrain)
+        options = _demo.Options(model, data, device, dtype, batch_size, steps, image_size, seed, output, pretrain, finetune, weights)
         data_and_model = _demo.prepare(options)
     except (ValueError, ImportError, FileNotFoundError) as error:
         raise _failed(error) from None

@@ -284,7 +284,7 @@ class SingleProcessContract:
         for m, n in zip(fast_blocks(model), twins(model, plain), strict=True):
             for name in parts:
                 part(m, name).requires_grad_(False)
-                child_at(n, getattr(m._fastconv.layout, name)).requires_grad_(False)
+                child_at(n, getattr(m._fastconv.layout, name, name)).requires_grad_(False)
         actual, expected = step(model, self.images()), step(plain, self.images())
         assert len(actual[1]) < len(list(model.parameters()))
         assert_agree(actual, expected)

@@ -77,5 +77,5 @@ def twins(model, plain):
 
 
 def part(block, name):
-    """A part of a patched block, such as its "conv", by the path that the analysis found."""
-    return child_at(block, getattr(block._fastconv.layout, name))
+    """A part of a patched block, such as its "conv", by the path that the analysis found, or by its own path."""
+    return child_at(block, getattr(block._fastconv.layout, name, name))

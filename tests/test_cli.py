@@ -33,6 +33,19 @@ def test_models_lists_the_bundle():
     assert [line.split()[0] for line in run("models", "convnext_iso*").stdout.splitlines()[1:]] == fastconv.list_models("convnext_iso*")
 
 
+def test_models_beside_what_is_published():
+    """Every row of the paper's table, within rounding; EfficientNetV2-L has been counted at 53 to 56 GMACs."""
+    result = run("models", "--published")
+    assert result.exit_code == 0
+    rows = [line.rsplit(maxsplit=6)[1:] for line in result.stdout.splitlines()[1:]]
+    assert len(rows) == 29 and {name for *_, name in rows} <= set(MODELS)
+    for _, params, counted, gmacs, counted_gmacs, name in rows:
+        assert float(counted) == pytest.approx(float(params), rel=0.015), name
+        assert float(counted_gmacs) == pytest.approx(float(gmacs), rel=0.06 if name == "efficientnetv2_l" else 0.021), name
+    (row,) = (line.split() for line in run("models", "convnext_tiny", "--published").stdout.splitlines() if "224" in line)
+    assert row == ["ConvNeXt-T", "224", "29", "28.59", "4.5", "4.46", "convnext_tiny"]
+
+
 def test_models_of_other_libraries():
     assert run("models", "torchvision:convnext_*").stdout.split() == fastconv.list_models("torchvision:convnext_*")
 
@@ -47,6 +60,7 @@ def test_models_of_other_libraries():
         (("demo", "--steps", "1"), "steps must be at least 2"),
         (("demo", "--data", "no/such/folder"), "data must be a folder"),
         (("demo", "--model", "convnext_tniy"), "did you mean convnext_tiny"),
+        (("demo", "--model", "mae_vit_base_patch16"), "predicts pixels, not classes: use --pretrain"),
     ],
 )
 def test_bad_arguments_give_one_line(args, message):

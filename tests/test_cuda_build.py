@@ -25,7 +25,10 @@ NINJA = ROOT / "build/cuda/build.ninja"
 REMEDY = "make test, or FASTCONV_WERROR=1 python setup.py build_ext --inplace"
 TABLE = pathlib.Path(__file__).with_name("cuda_resources.txt")
 # Kernels without 128-bit accesses, as patterns: sums of partials, any K, and rows that do not lie on 16 bytes.
-SCALAR = (r"reduce_partials_kernel", r"conv_general_\w*kernel", r"(residual_scale|layer_norm)_\w+_kernel<1>")
+SCALAR = (
+    *(r"reduce_partials_kernel", r"conv_general_\w*kernel", r"(residual_scale|layer_norm)_\w+_kernel<1>"),
+    r"global_response_norm_(sum|apply)_kernel<1, \w+>|global_response_norm_coefficients_kernel<\w+>",
+)
 
 
 def nvcc() -> str | None:

@@ -24,7 +24,9 @@ def one_thread(threads):
 
 @pytest.fixture(scope="module")
 def machine():
-    return Machine(Simulator(build.probes()).library, "cpu", SHARED_LIMIT)
+    simulator = Simulator(build.probes())
+    with simulator.settings(cluster=16):
+        yield Machine(simulator.library, "cpu", SHARED_LIMIT)
 
 
 # --- probes
@@ -102,9 +104,13 @@ class Recording(Machine):
 def test_every_wrapper_is_probed():
     portable = (build.CSRC / "cuda" / "portable.cuh").read_text()
     gpu_side = portable[portable.index("#include <cuda_runtime.h>") :]
-    wrappers = set(re.findall(r"^\s*(?:template\s*<[^;{]*>\s*)?FC_DEVICE\s+[\w<>, ]+?\s(\w+)\(", gpu_side, re.M)) | {"launch"}
+    wrappers = set(re.findall(r"^\s*(?:template\s*<[^;{]*>\s*)?FC_DEVICE\s+[\w<>, ]+?\s(\w+)\(", gpu_side, re.M)) | {
+        "launch",
+        "launch_clusters",
+        "clusters_that_fit",
+    }
     assert {"sync_warp", "from_floats", "copy_async", "ldmatrix", "mma_m16n8k16", "shuffle_down", "warp_sum", "thread_fence"} <= wrappers
-    used = set(re.findall(r"\w+", (build.HERE / "probes.cu").read_text()))
+    used = {word for path in build.HERE.glob("*probes*") for word in re.findall(r"\w+", path.read_text())}
     assert wrappers - used == {"load_word", "store_word", "shared_address"}  # inside of others
 
 

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from fastconv import cli, demo
 from fastconv.demo import Options, pretrain
 from fastconv.demo.pretrain import Pretraining, Unlabelled
+from fastconv.models import mae
 from fastconv.models.convnextv2 import SIZES
 from fastconv.models.fcmae import fcmae
 from fastconv.ops import GlobalResponseNorm
@@ -44,6 +45,20 @@ def test_digits_end_to_end(tmp_path):
     assert picture.shape == (480, 1200, 3)
     gray = (np.abs(picture - 127) <= 1).all(-1)
     assert gray[160:320].mean() > 0.3 and gray[:160].mean() < 0.05 and gray[320:].mean() < 0.05, "only the second row hides patches"
+
+
+def test_masked_autoencoder_end_to_end(tmp_path, monkeypatch):
+    small = {"patch_size": 8, "decoder_embed_dim": 32, "decoder_depth": 1, "decoder_num_heads": 2}
+    monkeypatch.setattr(mae, "mae_vit_toy", lambda **kw: mae.MaskedAutoencoder(48, 2, 2, **small, **kw), raising=False)
+    monkeypatch.setitem(pretrain.MAES, "mae_vit_toy", 8)
+    result = run_demo(tmp_path, "--model", "mae_vit_toy")
+    assert result.exit_code == 0, result.output
+    assert "3 of 3 blocks fused" in result.output and "mae_vit_toy pretraining" in result.output
+    eager, patched = ([float(v) for v in cell.split(", ")] for cell in cells(result.output, "loss, first and last"))
+    assert eager == pytest.approx(patched, abs=1e-4) and eager[1] < eager[0]
+    picture = np.asarray(Image.open(tmp_path / "pictures.png").convert("RGB")).astype(int)
+    gray = (np.abs(picture - 127) <= 1).all(-1)
+    assert gray[160:320].mean() > 0.4 and gray[:160].mean() < 0.05 and gray[320:].mean() < 0.05, "only the second row hides patches"
 
 
 def test_image_folder_end_to_end(tmp_path):
@@ -80,6 +95,7 @@ def test_a_loss_that_does_not_fall_fails_the_demo(tmp_path, monkeypatch):
     ("args", "message"),
     [
         (("--model", "convnext_tiny"), "model must be convnextv2_<atto"),
+        (("--model", "mae_vit_huge_patch14"), "hides patches of 14x14: image_size must be a multiple"),
         (("--image-size", "48"), "image_size must be a multiple"),
         (("--image-size", "32"), "image_size must be a multiple"),
     ],

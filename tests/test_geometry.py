@@ -107,6 +107,38 @@ def test_partials_are_few(size, C):
     assert blocks == 120 if size == 7 else blocks % 132 == 0
 
 
+def test_response_plans():
+    """Images held on the chip: by no more blocks than a cluster has, within the shared memory of a block, two of them to a
+    multiprocessor or one of twice the threads; in more blocks only where fewer do not do."""
+    held = 0
+    sizes = ((2, 1), (4, 1), (4, 2), (6, 2), (8, 2))  # bytes kept of an element, sums of a channel
+    for L, C, width, (size, sums) in itertools.product((1, 6, 49, 196, 784, 3136), (8, 48, 384, 3072, 10_000), (4, 8), sizes):
+        for (limit, _), cluster in itertools.product(GPUS, (1, 16)):
+            blocks, threads, shared = _C.cuda_response_plan(L, C, width, size, sums, limit, cluster)
+            if not blocks:
+                assert L * C * size > cluster * (limit - 16 * 1024 - 12 * sums * (C + 64) - 2 * C * size)
+                continue
+            held += 1
+            assert blocks in (1, 2, 4, 8, 16) and blocks <= cluster and shared <= limit
+            assert threads == 512 or (threads == 256 and 2 * shared + 1024 <= limit and blocks <= 8)
+            fewer = _C.cuda_response_plan(L, C, width, size, sums, limit, blocks // 2)
+            assert fewer[0] == 0 or (threads, fewer[1]) == (256, 512)
+            assert shared >= -(-L // blocks) * C * size + 4 * sums * 2 * C + 4 * width * threads
+    assert held > 300
+    assert _C.cuda_response_plan(49, 384, 1, 2, 1, GPUS[0][0], 16)[0] == 0  # rows that are not whole vectors
+    assert _C.cuda_response_plan(49, 384, 8, 2, 1, GPUS[0][0], 0)[0] == 0
+
+
+def test_response_plans_of_convnextv2_on_an_h200():
+    """Tiny in bfloat16: every stage forward, and backward, which holds dy too, from the second on."""
+    plans = {
+        (size, sums): [_C.cuda_response_plan(H * H, 4 * C, 8, size, sums, GPUS[0][0], 16)[:2] for H, C in STAGES]
+        for size, sums in ((2, 1), (4, 2))
+    }
+    assert plans[2, 1] == [(16, 512), (8, 512), (8, 256), (4, 256)]
+    assert plans[4, 2] == [(0, 0), (16, 512), (8, 512), (4, 512)]
+
+
 def test_every_plan_has_a_partial():
     for shape in ((1, 1, 1, 1, 1), (1, 1, 1, 1, 99), (3, 2, 5, 100_000, 3), (2**20, 1, 1, 1, 7), (1, 2**31, 1, 1, 3), (1, 1, 2**31, 1, 3)):
         *_, tiles, slices, norm_slices = _C.cuda_backward_plan(*shape)

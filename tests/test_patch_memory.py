@@ -3,6 +3,7 @@
 import copy
 
 import pytest
+import timm
 import torch
 from patch_small import make
 from test_patch_grn import v2_blocks
@@ -36,3 +37,17 @@ def test_hidden_activations_that_are_no_longer_kept(kind, fewer):
     x = torch.randn(4, 8, 16, 12).to(memory_format=torch.channels_last)
     hidden = len(plain) * x.numel() * 4 * x.element_size()
     assert saved_bytes(model, x) <= saved_bytes(plain, x) - fewer * hidden + 4 * 4 * 4 * 32 * len(plain)  # statistics
+
+
+@pytest.mark.slow
+def test_a_training_step_of_convnextv2_tiny():
+    """Everything fused: the maps that the convolutions, norms and tails no longer keep come on top."""
+    torch.manual_seed(0)
+    plain = timm.create_model("convnextv2_tiny").train()
+    model = copy.deepcopy(plain)
+    assert fastconv.patch(model).blocks == (18, 18)
+    x = torch.randn(2, 3, 224, 224)
+    pixels = {dim: 2 * (56 * 96 // dim) ** 2 for dim in (96, 192, 384, 768)}
+    hidden = sum(depth * pixels[dim] * 4 * dim * 4 for depth, dim in zip((3, 3, 9, 3), pixels))
+    before, after = saved_bytes(plain, x), saved_bytes(model, x)
+    assert after <= before - 2 * hidden, (before, after, hidden)

@@ -121,13 +121,12 @@ def test_report_of_a_part():
 
 
 def test_recognised_families_that_compute_something_else():
-    for name, reason in (("csatv2", "is used twice"), ("rdnet_tiny", "does not end in a residual sum")):
-        with torch.device("meta"):
-            model = timm.create_model(name)
-        report = fastconv.patch(model, ops=OPS)
-        assert report.declined and not report.fused, name
-        assert all(reason in s.reason for s in report.declined)
-        assert not fast_blocks(model)
+    with torch.device("meta"):
+        model = timm.create_model("rdnet_tiny")
+    report = fastconv.patch(model, ops=OPS)
+    assert report.declined and not report.fused
+    assert all("does not end in a residual sum" in s.reason for s in report.declined)
+    assert not fast_blocks(model)
 
 
 def test_verify():

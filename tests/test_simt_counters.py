@@ -68,10 +68,11 @@ def traffic_of(call, launches: list[Launch]) -> Traffic:
     return Traffic(distinct * SECTOR / size, total * SECTOR / size, rest * SECTOR / size, launches)
 
 
-def count(op: str, shape: tuple[int, ...], wanted=None, gpu: str = "sm_90") -> dict[str, Traffic]:
-    """Traffic of the forward and of the backward pass; `wanted`: the gradients, by default all."""
-    inputs = make_inputs(Case(op, shape), torch.bfloat16)
-    with simulated() as simulator, simulator.settings(count=True, shared_limit=SHARED[gpu]), use_backend("cuda"):
+def count(op: str, shape: tuple[int, ...], wanted=None, gpu: str = "sm_90", cluster: int = 1, **case) -> dict[str, Traffic]:
+    """Traffic of the forward and of the backward pass; `wanted`: the gradients, by default all; `cluster`: the most blocks of one;
+    `case`: what else the Case has."""
+    inputs = make_inputs(Case(op, shape, **case), torch.bfloat16)
+    with simulated() as simulator, simulator.settings(count=True, shared_limit=SHARED[gpu], cluster=cluster), use_backend("cuda"):
         real, found = RawCalls.__torch_dispatch__, {}
 
         class Calls(RawCalls):

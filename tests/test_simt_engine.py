@@ -8,7 +8,7 @@ import subprocess
 import pytest
 import torch
 from simt import build
-from simt.control import INVALID_CONFIGURATION, INVALID_VALUE, LAUNCH_FAILURE, ORDERS, Simulator
+from simt.control import INVALID_CLUSTER_SIZE, INVALID_CONFIGURATION, INVALID_VALUE, LAUNCH_FAILURE, ORDERS, Simulator
 
 every_order = pytest.mark.parametrize("order", ORDERS)
 NAN = float("nan")
@@ -138,11 +138,33 @@ def test_indices_of_threads_and_blocks(simulator, probe):
         assert torch.equal(out, torch.arange(24, dtype=torch.int32)[:, None] * 1000 + torch.arange(30, dtype=torch.int32))
 
 
-def test_only_the_last_blocks(simulator, probe):
-    out = full(10, 32, dtype=torch.int32)
-    with simulator.settings(last_blocks=3):
-        assert probe("where", out, 10, 1, 1, 32, 1, 1, 0) == 0
-    assert (out[:7] == -1).all() and (out[7:] >= 7000).all()
+def test_only_the_blocks_at_the_ends(simulator, probe):
+    for ends in (3, 5, 6, 10, 11):
+        out = full(10, 32, dtype=torch.int32)
+        with simulator.settings(end_blocks=ends):
+            assert probe("where", out, 10, 1, 1, 32, 1, 1, 0) == 0
+        assert [block for block in range(10) if (out[block] == -1).all()] == list(range(ends, 10 - ends))
+        assert (out[-1] >= 9000).all()
+
+
+@every_order
+def test_clusters(simulator, probe, order):
+    x, settings = torch.randn(12, 64), {"order": order, "seed": 1, "cluster": 4}
+    weights = torch.arange(1, 5, dtype=torch.float32)[:, None]
+    for blocks in (1, 2, 4):
+        out = full(12, 64)
+        with simulator.settings(**settings):
+            assert probe("clusters_that_fit", blocks) and probe("cluster", x, out, 12, blocks, 1, 1) == 0
+        sums = (x.flip(1).view(-1, blocks, 64) * weights[:blocks]).sum(1, keepdim=True)
+        torch.testing.assert_close(out.view(-1, blocks, 64), sums.expand(-1, blocks, -1))
+    with simulator.settings(**settings):
+        assert not probe("clusters_that_fit", 8)
+        assert probe("cluster", x, out, 16, 8, 1, 1) == INVALID_CLUSTER_SIZE and "the limit is 4" in simulator.message
+        assert probe("cluster", x, out, 10, 4, 1, 1) == INVALID_CLUSTER_SIZE and "in a grid of 10" in simulator.message
+        assert probe("cluster", x, out, 12, 4, 1, 0) == LAUNCH_FAILURE
+        assert "a block exits before it has met those that read its shared memory, thread " in simulator.message
+        code = probe("cluster", x, out, 12, 4, 0, 1)
+        assert (code == 0 and out.isnan().any()) or "load from a block that has yet to start" in simulator.message
 
 
 # --- orders

@@ -117,6 +117,15 @@ def check(library, variant: str, order: str, *items: str) -> subprocess.Complete
     return subprocess.run(command, env=build.environment(variant), capture_output=True, text=True, timeout=600)
 
 
+def says(result: subprocess.CompletedProcess, fault: Fault) -> None:
+    said = result.stdout + result.stderr
+    assert result.returncode in fault.codes and re.search(fault.message, said), (result.returncode, said[-6000:])
+
+
+def holds(result: subprocess.CompletedProcess, count: int) -> None:
+    assert result.returncode == 0 and f"{count} cases hold" in result.stdout, result.stdout + result.stderr[-6000:]
+
+
 # In reverse the readers of the reduction run last and find every sum: there only TSan sees that the barrier is gone.
 IN_ORDER = {("reverse", "no barrier in the reduction")}
 
@@ -132,17 +141,14 @@ IN_ORDER = {("reverse", "no barrier in the reduction")}
 )
 def test_a_seeded_bug_is_caught(name, order):
     fault = FAULTS[name]
-    result = check(build.ops(fault.variant, (fault.bug,)), fault.variant, order, fault.item)
-    said = result.stdout + result.stderr
-    assert result.returncode in fault.codes and re.search(fault.message, said), (result.returncode, said[-6000:])
+    says(check(build.ops(fault.variant, (fault.bug,)), fault.variant, order, fault.item), fault)
 
 
 @pytest.mark.parametrize("variant", sorted({fault.variant for fault in FAULTS.values()}))
 def test_the_kernels_as_they_are_pass(variant):
     """What turns a mutant red is the mutation."""
     items = sorted({fault.item for fault in FAULTS.values() if fault.variant == variant})
-    result = check(build.ops(variant), variant, "forward", *items)
-    assert result.returncode == 0 and f"{len(items)} cases hold" in result.stdout, result.stdout + result.stderr[-6000:]
+    holds(check(build.ops(variant), variant, "forward", *items), len(items))
 
 
 def test_every_kind_is_seeded():
@@ -158,8 +164,7 @@ def test_several_tiles_a_block():
         for case in (3, 4, 7, 16)
         for dtype in ("float32", "float16")
     ]
-    result = check(build.ops("plain", (few,)), "plain", "reverse", *items)
-    assert result.returncode == 0 and f"{len(items)} cases hold" in result.stdout, result.stdout + result.stderr[-6000:]
+    holds(check(build.ops("plain", (few,)), "plain", "reverse", *items), len(items))
     unread = Bug(CONV, "sync_threads();  // the tile before has been read", "")
     result = check(build.ops("plain", (few, unread)), "plain", "reverse", *items)
     assert result.returncode == CONTRACT and re.search("not finite|exceeds", result.stdout), result.stdout + result.stderr[-6000:]

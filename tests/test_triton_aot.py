@@ -146,7 +146,7 @@ def test_no_kernel_spills(variant):
     for found in compiled:
         print(found)
         assert not spills(found), found
-        if variant[1] % 8 == 0 and found["kernel"] != "squeeze_excite_fold_kernel":
+        if variant[1] % 8 == 0 and not found["kernel"].endswith(("_sums_kernel", "excite_fold_kernel")):  # those read kilobytes
             assert found["wide_loads"] > 0, found
 
 

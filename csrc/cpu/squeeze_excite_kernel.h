@@ -155,7 +155,7 @@ template <class A, bool kAdd> void apply_as(const MapParams& p, char* scratch, i
   const bool direct = dtype_size(p.out.dtype) == sizeof(A);
   const auto target = [&](int64_t element) __attribute__((always_inline)) { return direct ? reinterpret_cast<A*>(at(p.out, element)) : o; };
   int64_t image = -1;
-  for (int64_t task = begin; task < end; ++task) {
+  for (int64_t task = end - 1; task >= begin; --task) {  // backwards: the cache holds what the sums read last
     if (p.channels_last) {
       const int64_t n = task / p.slices, row0 = task % p.slices * kSlicePixels, step = rows_of_chunk<A>(C);
       const int64_t row1 = row0 + kSlicePixels < L ? row0 + kSlicePixels : L;

@@ -91,6 +91,35 @@ template <bool kWide> FC_DEVICE void store_eight(uint16_t* p, int channels, cons
     for (int i = 0; i < 8; ++i) store_global(p + i, static_cast<uint16_t>(v[i / 2] >> i % 2 * 16), in && i < channels);
   }
 }
+// float32 maps: what autocast leaves in that dtype, rounded on its way into the planes, and results on their way out.
+template <class T, bool kWide> FC_DEVICE Eight load_eight(const float* p, int channels, bool in) {
+  Eight v{};
+  if constexpr (kWide) {
+    const auto low = load_global<Vec<float, 4>>(p, in && channels > 0), high = load_global<Vec<float, 4>>(p + 4, in && channels > 0);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      v[i] = from_floats<T>(low[2 * i], low[2 * i + 1]);
+      v[2 + i] = from_floats<T>(high[2 * i], high[2 * i + 1]);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < 8; i += 2)
+      v[i / 2] = from_floats<T>(load_global<float>(p + i, in && i < channels), load_global<float>(p + i + 1, in && i + 1 < channels));
+  }
+  return v;
+}
+template <class T, bool kWide> FC_DEVICE void store_eight(float* p, int channels, const Eight& v, bool in) {
+  Vec<float, 8> values;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) values[i] = to_float(T{static_cast<uint16_t>(v[i / 2] >> i % 2 * 16)});
+  if constexpr (kWide) {
+    store_global(p, Vec<float, 4>{values[0], values[1], values[2], values[3]}, in && channels > 0);
+    store_global(p + 4, Vec<float, 4>{values[4], values[5], values[6], values[7]}, in && channels > 0);
+  } else {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) store_global(p + i, values[i], in && i < channels);
+  }
+}
 FC_DEVICE int channels_left(const ConvShape& s, int64_t c) { return s.C - c < 8 ? static_cast<int>(s.C - c) : 8; }
 // Words of two pixels with two channels each to words of two channels with two pixels each, and back.
 FC_DEVICE uint32_t lows(uint32_t a, uint32_t b) { return byte_permute(a, b, 0x5410); }
@@ -176,21 +205,36 @@ FC_DEVICE void for_centre(const ConvShape& s, const MmaGrid& g, const MmaPlace& 
     }
   }
 }
-template <bool kWide>
+template <class T, bool kWide>
 FC_DEVICE void stage_centre(const Array& a, const ConvShape& s, const MmaGrid& g, const MmaPlace& at, int64_t c0, unsigned char* planes) {
+  const bool rounded = a.dtype == DType::kFloat;
   for_centre(s, g, at, c0, kMmaCentre, [&](int64_t element, int byte, bool row, bool, int channels, bool left_in, bool right_in) {
-    const uint16_t* const from = static_cast<const uint16_t*>(a.data) + element;
-    const Eight left = load_eight<kWide>(from, channels, left_in), right = load_eight<kWide>(from + s.C, channels, right_in);
+    Eight left, right;
+    if (rounded) {
+      const float* const from = static_cast<const float*>(a.data) + element;
+      left = load_eight<T, kWide>(from, channels, left_in);
+      right = load_eight<T, kWide>(from + s.C, channels, right_in);
+    } else {
+      const uint16_t* const from = static_cast<const uint16_t*>(a.data) + element;
+      left = load_eight<kWide>(from, channels, left_in);
+      right = load_eight<kWide>(from + s.C, channels, right_in);
+    }
     store_pair(planes + byte, kMmaCentre, left, right, row);
   });
 }
-template <bool kWide>
+template <class T, bool kWide>
 FC_DEVICE void store_centre(const MutableArray& a, const ConvShape& s, const MmaGrid& g, const MmaPlace& at, int64_t c0,
                             const unsigned char* planes) {
   const int plane = g.tiles.plane * 16;
   for_centre(s, g, at, c0, plane, [&](int64_t element, int byte, bool row, bool used, int channels, bool left_in, bool right_in) {
     Eight left, right;
     load_pair(planes + byte, plane, left, right, row && used);
+    if (a.dtype == DType::kFloat) {
+      float* const to = static_cast<float*>(a.data) + element;
+      store_eight<T, kWide>(to, channels, left, left_in);
+      store_eight<T, kWide>(to + s.C, channels, right, right_in);
+      return;
+    }
     uint16_t* const to = static_cast<uint16_t*>(a.data) + element;
     store_eight<kWide>(to, channels, left, left_in);
     store_eight<kWide>(to + s.C, channels, right, right_in);

@@ -79,8 +79,8 @@ constexpr ConvMmaTiles conv_mma_tiles(const ConvShape& s) {
 }
 
 // Bytes of shared memory: the windows of the strips, the pairs of weights, the planes of a tile, and backward those of x without
-// a halo. The upper eight
-// channels lie half the banks further on than their pitch says, so that a warp with two lanes to a pixel meets no bank twice.
+// a halo. The upper eight channels lie half the banks further on than their pitch says, so that a warp with two lanes to a pixel
+// meets no bank twice.
 constexpr int kMmaSkew = 64, kMmaCentre = kMmaStrips * kMmaRows * 16;  // bytes; of a plane without a halo
 constexpr int kMmaWindows = 128;  // bytes
 constexpr int kMmaPairs = 22;  // of weights to a tap row: see conv_mma.cuh
@@ -92,6 +92,7 @@ constexpr int64_t conv_mma_shared(const ConvMmaTiles& t, int64_t K, bool centre)
 // The choice between the kernels of this library, for every GPU from sm_80 on. No GPU has decided: by counters (README.md). A
 // tile costs the tensor cores' kernel the same however few of its outputs lie on the map, about as much as the plain kernel
 // takes for a third of them with 7 x 7 taps, for three fifths with 5 x 5; 3 x 3 moves its bytes in time without tensor cores.
+// Backward, x and dx may be float32 beside a dy of 16 bits, as autocast leaves them.
 //
 //   K        dtype             share of a tile on the map    kernel    decided
 //   7        bfloat16, float16 >= 1/3                        mma       by counters

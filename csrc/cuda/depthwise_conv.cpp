@@ -27,6 +27,7 @@ ConvGradients::ConvGradients(const ConvShape& shape, const Tensor& x, const Tens
   params.shape = shape;
   params.x = array(x);
   params.weight = array(weight);
+  params.compute = params.x.dtype;
   if (need_dx) params.dx = mutable_array(dx);
   if (need_dweight) {
     params.dweight = mutable_array(dweight);

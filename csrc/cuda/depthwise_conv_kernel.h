@@ -20,6 +20,7 @@ struct ConvBackwardParams {
   Array weight;                 // [C, K * K]
   MutableArray dx;              // [N, H, W, C], or not needed
   MutableArray dweight, dbias;  // [C, K * K], [C]; both or neither
+  DType compute;                // lowest precision in which products may be formed
   float* partial;               // conv_wgrad_floats(shape) floats where dweight is needed, else null
 };
 

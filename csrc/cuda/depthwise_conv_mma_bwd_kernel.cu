@@ -94,7 +94,7 @@ template <int K> FC_DEVICE bool write_sums(int64_t C, int64_t c, const Sums<K>& 
 
 // Zeros outside of the maps make NaN of an Inf in the sums of other taps. So where a sum of a channel is not finite, lanes form
 // all of them again, a tap each, over the pixels of the block's tiles; tap K * K is dbias.
-template <int K>
+template <class T, int K>
 FC_DEVICE float sum_exactly(const ConvBackwardParams& p, const MmaGrid& g, int64_t first, int count, int64_t c, int tap) {
   const ConvShape& s = p.shape;
   const ConvMmaTiles& t = g.tiles;
@@ -111,7 +111,8 @@ FC_DEVICE float sum_exactly(const ConvBackwardParams& p, const MmaGrid& g, int64
       const int h = place.h + inside / kMmaColumns, w = place.w + inside % kMmaColumns, dy_h = h + down, dy_w = w + right;
       if (place.image >= at.images || h >= g.H || w >= g.W || dy_h < 0 || dy_h >= g.H || dy_w < 0 || dy_w >= g.W) continue;
       const float dy = load_array<1>(p.dy, element_of(s, g, at, place.image, dy_h, dy_w) + c)[0];
-      sum = bias ? sum + dy : fmaf(load_array<1>(p.x, element_of(s, g, at, place.image, h, w) + c)[0], dy, sum);
+      const T x = from_float<T>(load_array<1>(p.x, element_of(s, g, at, place.image, h, w) + c, !bias)[0]);
+      sum = bias ? sum + dy : fmaf(to_float(x), dy, sum);
     }
   }
   return sum;
@@ -140,7 +141,7 @@ template <class T, int K> __global__ void __launch_bounds__(kMmaThreads, 2) dept
     sync_threads();  // the tile before has been stored
     stage_windows(t, at, windows);
     stage_window<K, 2>(p.dy, s, g, at, c0, planes);
-    if (p.partial) g.wide ? stage_centre<true>(p.x, s, g, at, c0, x_planes) : stage_centre<false>(p.x, s, g, at, c0, x_planes);
+    if (p.partial) g.wide ? stage_centre<T, true>(p.x, s, g, at, c0, x_planes) : stage_centre<T, false>(p.x, s, g, at, c0, x_planes);
     sync_threads();
 #pragma unroll
     for (int i = 0; i < kMmaOwn; ++i) {
@@ -158,7 +159,7 @@ template <class T, int K> __global__ void __launch_bounds__(kMmaThreads, 2) dept
     }
     if (!p.dx.data) continue;
     sync_threads();
-    g.wide ? store_centre<true>(p.dx, s, g, at, c0, planes) : store_centre<false>(p.dx, s, g, at, c0, planes);
+    g.wide ? store_centre<T, true>(p.dx, s, g, at, c0, planes) : store_centre<T, false>(p.dx, s, g, at, c0, planes);
   }
   if (!p.partial) return;
   sync_threads();  // x has been read
@@ -172,7 +173,7 @@ template <class T, int K> __global__ void __launch_bounds__(kMmaThreads, 2) dept
     if (!(broken >> i & 1) || c0 + c + i >= s.C) continue;
 #pragma unroll 1
     for (int tap = lane; tap <= K * K; tap += kWarp)
-      store_global(partial + sum_place<K>(s.C, c0 + c + i, tap), sum_exactly<K>(p, g, begin, count, c0 + c + i, tap));
+      store_global(partial + sum_place<K>(s.C, c0 + c + i, tap), sum_exactly<T, K>(p, g, begin, count, c0 + c + i, tap));
   }
 }
 
@@ -186,7 +187,8 @@ template <class T, int K> int launch_backward(const ConvBackwardParams& p, Strea
 }  // namespace
 
 bool conv_mma_chosen(const ConvBackwardParams& p) {
-  if (!conv_mma_serves(p.shape.K, p.dy.dtype, p.x.dtype, p.weight.dtype)) return false;
+  const DType x = p.x.dtype == DType::kFloat ? p.compute : p.x.dtype;  // staging may round it
+  if (!conv_mma_serves(p.shape.K, p.dy.dtype, x, p.weight.dtype)) return false;
   const ConvMmaTiles tiles = conv_mma_tiles(p.shape);
   return conv_mma_pays(p.shape, tiles) && conv_mma_shared(tiles, p.shape.K, p.partial) <= shared_memory_limit();
 }

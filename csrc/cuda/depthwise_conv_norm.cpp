@@ -75,6 +75,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> depthwise_conv_norm_bwd(
   }
   p.conv = g.params;
   p.conv.dy = {p.dz.data, p.dz.dtype};
+  p.conv.compute = p.z.dtype;  // that of the convolution's output
   if (need_dx || need_dweight || need_dnorm) check_launch(kOp, "backward", depthwise_conv_norm_bwd_launch(p, place.stream()));
   return {g.dx, g.dweight, g.dbias, dnorm_weight, dnorm_bias};
 }

@@ -20,6 +20,7 @@
 #define FASTCONV_CUDA_OPS(m) STABLE_TORCH_LIBRARY_IMPL(fastconv_simt, CPU, m)
 extern "C" const char* simt_message();
 extern "C" int64_t simt_shared_limit();
+extern "C" int64_t simt_cluster_limit();
 #else
 #define FASTCONV_CUDA_OPS(m) STABLE_TORCH_LIBRARY_IMPL(fastconv, CUDA, m)
 extern "C" const char* cudaGetErrorString(int code);  // declared here, so that the glue needs no header of the toolkit
@@ -36,7 +37,7 @@ inline const char* error_string(int) { return simt_message(); }
 struct Place {
   explicit Place(const Tensor&) {}
   Stream stream() const { return nullptr; }
-  Gpu gpu() const { return {simt_shared_limit(), 1}; }
+  Gpu gpu() const { return {simt_shared_limit(), 1, simt_cluster_limit()}; }
 };
 
 #else
@@ -53,7 +54,8 @@ class Place {
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream));
     return static_cast<Stream>(stream);
   }
-  Gpu gpu() const { return {attribute(97), attribute(16)}; }  // cudaDevAttrMaxSharedMemoryPerBlockOptin, ..MultiProcessorCount
+  // cudaDevAttrMaxSharedMemoryPerBlockOptin, ..MultiProcessorCount, ..ClusterLaunch
+  Gpu gpu() const { return {attribute(97), attribute(16), attribute(120) ? 16 : 1}; }
 
  private:
   int attribute(int which) const {

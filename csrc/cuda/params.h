@@ -17,6 +17,7 @@ namespace fastconv::cuda {
 using Stream = CUstream_st*;
 
 enum class DType : uint8_t { kFloat, kBFloat16, kHalf };
+enum class Activation : uint8_t { kNone, kGelu, kGeluTanh };
 constexpr int64_t dtype_size(DType d) { return d == DType::kFloat ? 4 : 2; }
 
 // A contiguous array. Without `data` it was not given, or is not needed. Activations start on 16 bytes only where the

@@ -1,11 +1,11 @@
-// The only door to the hardware: shared memory, barriers, cp.async, ldmatrix, mma, shuffles, memory accesses, launch.
+// The only door to the hardware: shared memory, barriers, clusters, cp.async, ldmatrix, mma, shuffles, memory accesses, launch.
 //
 // A kernel file <op>_kernel.cu includes this file, its own <op>_kernel.h and ../geometry.h, nothing else, and compiles
 // twice: with nvcc for a GPU, and with g++ -DFASTCONV_SIMT -x c++ -I tests/simt for the simulator, where twin.h takes the
 // place of everything between #else and #endif. Both sides define the same names.
 //
 // Rule of kernel files, held by tests/test_simt_lint.py: global and shared memory are reached through load_global,
-// store_global, load_shared, store_shared, copy_async, ldmatrix and atomic_add alone, so that the simulator checks and
+// store_global, load_shared, store_shared, load_cluster, copy_async, ldmatrix and atomic_add alone, so that the simulator checks and
 // counts every access. A pointer is offset and passed on; it is never dereferenced or subscripted (local arrays are).
 // Nothing outside this file names asm, __shared__, <<<>>>, a __*_sync intrinsic, or a type of the CUDA headers.
 // threadIdx, blockIdx, blockDim, gridDim, dim3, cudaStream_t, __global__, __launch_bounds__, fmaf and sqrtf mean on both
@@ -115,6 +115,17 @@ FC_DEVICE uint32_t to_tf32(float v) {
 }
 // The hardware's approximation (2 ulp): a division and a root apart cost ten times as much.
 FC_DEVICE float rsqrt(float v) { return rsqrtf(v); }
+// 2^v to 2 ulp and 1 / v to 1 ulp, one instruction each; a denormal result is 0.
+FC_DEVICE float exp2(float v) {
+  float r;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
+  return r;
+}
+FC_DEVICE float reciprocal(float v) {
+  float r;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
+  return r;
+}
 
 // --- memory
 
@@ -165,6 +176,29 @@ FC_DEVICE int atomic_add(int* p, int v) { return atomicAdd(p, v); }
 FC_DEVICE float atomic_add(float* p, float v) { return atomicAdd(p, v); }
 // Orders this thread's writes before its later ones for every block: what a ticket needs before it is drawn.
 FC_DEVICE void thread_fence() { __threadfence(); }
+
+// --- clusters: up to 16 blocks that run together and read each other's shared memory. Before sm_90 each has one block.
+
+// All threads of the cluster, and their shared-memory accesses so far. No block may exit while another still reads from it.
+FC_DEVICE void sync_cluster() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+#else
+  __syncthreads();
+#endif
+}
+// What lies at p, in this block's shared memory, in that of block `rank` of the cluster.
+FC_DEVICE float load_cluster(const float* p, int rank) {
+#if __CUDA_ARCH__ >= 900
+  uint32_t address;
+  float v;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(p))), "r"(rank));
+  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(v) : "r"(address) : "memory");
+  return v;
+#else
+  return *p;
+#endif
+}
 
 // --- cp.async: global to shared memory without registers, landing in the background
 
@@ -249,15 +283,55 @@ inline int64_t shared_memory_limit() {
   return cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) == cudaSuccess ? bytes : 0;
 }
 
-// Error code of the launch, 0 = cudaSuccess. Above 48 KiB of dynamic shared memory a kernel has to opt in first.
+// Above 48 KiB of dynamic shared memory a kernel has to opt in first. The error code, 0 = cudaSuccess.
+inline int opt_in(const void* kernel, size_t shared_bytes) {
+  if (shared_bytes <= 48 * 1024) return 0;
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+  return error == cudaSuccess ? 0 : cudaGetLastError();
+}
+
+// Error code of the launch.
 template <class... P, class... A>
 int launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream, A&&... args) {
-  if (shared_bytes > 48 * 1024) {
-    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
-    if (error != cudaSuccess) return cudaGetLastError();
-  }
+  if (const int error = opt_in(reinterpret_cast<const void*>(kernel), shared_bytes)) return error;
   kernel<<<grid, block, shared_bytes, stream>>>(static_cast<P>(args)...);
   return cudaGetLastError();
+}
+
+// What a launch in clusters of `blocks` along x takes.
+struct ClusterLaunch {
+  cudaLaunchConfig_t config{};
+  cudaLaunchAttribute attribute{};
+  int error;
+  ClusterLaunch(const void* kernel, unsigned blocks, dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream) {
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {blocks, 1, 1};
+    config.gridDim = grid, config.blockDim = block, config.dynamicSmemBytes = shared_bytes, config.stream = stream;
+    config.attrs = &attribute, config.numAttrs = 1;
+    error = opt_in(kernel, shared_bytes);
+    if (error == 0 && blocks > 8 && cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) != cudaSuccess)
+      error = cudaGetLastError();
+  }
+  ClusterLaunch(const ClusterLaunch&) = delete;  // config points to attribute
+};
+
+// How many clusters of so many blocks the GPU holds at a time, which also depends on how many multiprocessors stand together.
+template <class... P> int clusters_that_fit(void (*kernel)(P...), unsigned blocks, dim3 block, size_t shared_bytes) {
+  ClusterLaunch c(reinterpret_cast<const void*>(kernel), blocks, dim3(blocks), block, shared_bytes, nullptr);
+  int clusters = 0;
+  if (c.error == 0 && cudaOccupancyMaxActiveClusters(&clusters, kernel, &c.config) == cudaSuccess) return clusters;
+  cudaGetLastError();
+  return 0;
+}
+
+// launch() in clusters; grid.x is a multiple of `blocks`.
+template <class... P, class... A>
+int launch_clusters(void (*kernel)(P...), unsigned blocks, dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream, A&&... args) {
+  if (blocks == 1) return launch(kernel, grid, block, shared_bytes, stream, args...);
+  ClusterLaunch c(reinterpret_cast<const void*>(kernel), blocks, grid, block, shared_bytes, stream);
+  if (c.error != 0) return c.error;
+  const cudaError_t error = cudaLaunchKernelEx(&c.config, kernel, static_cast<P>(args)...);
+  return error == cudaSuccess ? cudaGetLastError() : (cudaGetLastError(), error);
 }
 
 }  // namespace fastconv::cuda

@@ -17,7 +17,6 @@ import torch
 from torch import nn
 
 from .. import patching
-from ..zoo import create_model
 
 try:
     from matplotlib.figure import Figure
@@ -25,14 +24,13 @@ try:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
     from rich.table import Table
 
-    from . import pretrain
+    from . import finetune, pretrain
     from .data import Images
-    from .run import LAYOUTS, Options, Run
+    from .run import LAYOUTS, Options, Run, build
 except ImportError as error:
     raise ImportError(f'fastconv demo needs {error.name}: pip install "fastconv[demo]"', name=error.name) from error
 
 CHUNK = 4  # steps of one run before the next takes over
-LAYER_SCALE = 0.5  # at its usual 1e-6 the convolutions hardly reach the loss, and errors in them would not show
 ALLOWED = 10  # largest loss difference, in units of the control's
 FLOOR = 2.4e-7  # drift that the control is always credited with, relative to the loss: two float32 roundings of the loss itself
 
@@ -87,19 +85,15 @@ def prepare(options: Options) -> tuple[Images, nn.Module]:
     """The images, and the unpatched model with stochastic depth and a layer scale that matters. ValueError for a bad option."""
     if options.pretrain:
         return pretrain.prepare(options)
+    if options.finetune:
+        return finetune.prepare(options)
     data = Images(options.data, options.image_size, options.batch_size, options.seed)
-    torch.manual_seed(options.seed)
-    extra = {} if options.model.startswith("torchvision:") else {"drop_path_rate": 0.1}  # torchvision's default is 0.1
-    model = create_model(options.model, fused=False, num_classes=len(data.classes), **extra)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.rpartition(".")[2] in ("gamma", "layer_scale", "layer_scale_parameter"):
-                parameter.fill_(LAYER_SCALE)
-    return data, model.to(options.device).train()
+    return data, build(options, len(data.classes))
 
 
 def start(name: str, model: nn.Module, options: Options, layout: str, **kw) -> Run:
-    return (pretrain.Pretraining if options.pretrain else Run)(name, model, options, layout, **kw)
+    kind = pretrain.Pretraining if options.pretrain else finetune.FineTuning if options.finetune else Run
+    return kind(name, model, options, layout, **kw)
 
 
 def faster_layout(model: nn.Module, options: Options, batch) -> str:
@@ -153,7 +147,7 @@ def compare(options: Options, data: Images, model: nn.Module, advance: Callable[
 def table(result: Comparison) -> Table:
     o, runs = result.options, (result.eager, result.patched)
     where = torch.cuda.get_device_name(o.device) if torch.device(o.device).type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    task = f"{o.model} pretraining" if o.pretrain else o.model
+    task = f"{o.model} pretraining" if o.pretrain else f"{o.model} fine-tuning ({o.finetune})" if o.finetune else o.model
     title = f"{task}, {o.dtype}, batch {o.batch_size} of {o.image_size}x{o.image_size}, {o.steps} steps, {where}"
     shown = Table("", *[run.name for run in runs], title=title)
     quartiles = [statistics.quantiles(run.seconds, n=4) for run in runs]

@@ -40,13 +40,30 @@ def _folders(root: Path) -> tuple[ImageFolder, ImageFolder | None]:
     return train, held_out[0] if held_out else None
 
 
+class OfClasses:
+    """The images of some consecutive classes, counted from 0 anew."""
+
+    def __init__(self, images: list | ImageFolder, classes: range):
+        labels = images.targets if isinstance(images, ImageFolder) else [label for _, label in images]
+        self.images, self.first = images, classes.start
+        self.chosen = [i for i, label in enumerate(labels) if label in classes]
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def __getitem__(self, i: int):
+        image, label = self.images[self.chosen[i]]
+        return image, label - self.first
+
+
 class Images:
     """Training batches augmented as in ConvNeXt's recipe, and a test set. Batch i of a seed is always the same.
 
-    Without test images of its own, the data gives up every fifth image for testing.
+    Without test images of its own, the data gives up every fifth image for testing. `half`: only the first (0) or the second
+    (1) half of the classes.
     """
 
-    def __init__(self, data: Path | None, image_size: int, batch_size: int, seed: int):
+    def __init__(self, data: Path | None, image_size: int, batch_size: int, seed: int, half: int | None = None):
         self.seed, self.batch_size = seed, batch_size
         resize = transforms.Resize((image_size, image_size))
         finish = [transforms.ToTensor(), transforms.Normalize((0.5,) * 3, (0.5,) * 3)]
@@ -57,6 +74,11 @@ class Images:
         else:
             self.images, test = _folders(data)
             self.classes = self.images.classes
+        if half is not None:
+            middle = len(self.classes) // 2
+            chosen = range(middle) if half == 0 else range(middle, len(self.classes))
+            self.images, test = OfClasses(self.images, chosen), test and OfClasses(test, chosen)
+            self.classes = [self.classes[c] for c in chosen]
         rng = np.random.default_rng(seed)
         order = rng.permutation(len(self.images)).tolist()
         if test is None:

@@ -1,4 +1,4 @@
-"""`fastconv demo --pretrain`: FCMAE, a ConvNeXt V2 that learns to fill in the hidden patches of real images."""
+"""`fastconv demo --pretrain`: FCMAE or MAE, a ConvNeXt V2 or a ViT that learns to fill in the hidden patches of real images."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from torch import nn
 from torchvision import transforms
 
+from ..models import mae
 from ..models.convnextv2 import SIZES
 from ..models.fcmae import PATCH, fcmae
 from .data import Images, seed_all
@@ -35,7 +36,7 @@ class Unlabelled(Images):
 
 
 class Pretraining(Run):
-    """A run of FCMAE. The masks are drawn from torch's own generator, which every step seeds: all runs hide the same."""
+    """A run of FCMAE or MAE. The masks are drawn from torch's own generator, which every step seeds: all runs hide the same."""
 
     learning_rate = 1e-3
 
@@ -51,16 +52,24 @@ class Pretraining(Run):
         self.score = "test loss", f"{sum(losses) / len(losses):.4f}"
 
 
+MAES = {"mae_vit_base_patch16": 16, "mae_vit_large_patch16": 16, "mae_vit_huge_patch14": 14}  # side of a patch
+
+
 def prepare(options: Options) -> tuple[Images, nn.Module]:
-    """The images and the unpatched FCMAE. ValueError for a bad option."""
+    """The images and the unpatched model. ValueError for a bad option."""
     size = options.model.removeprefix("convnextv2_")
-    if size == options.model or size not in SIZES:
-        raise ValueError(f"demo: pretraining is that of ConvNeXt V2: model must be convnextv2_<{', '.join(SIZES)}>, got {options.model!r}")
-    if options.image_size % PATCH or options.image_size < 2 * PATCH:
-        raise ValueError(f"demo: pretraining hides patches of {PATCH}x{PATCH}: image_size must be a multiple, got {options.image_size}")
+    if options.model not in MAES and (size == options.model or size not in SIZES):
+        names = f"convnextv2_<{', '.join(SIZES)}> or {', '.join(MAES)}"
+        raise ValueError(f"demo: pretraining is that of ConvNeXt V2 or of a ViT: model must be {names}, got {options.model!r}")
+    patch = MAES.get(options.model, PATCH)
+    if options.image_size % patch or options.image_size < 2 * patch:
+        raise ValueError(f"demo: pretraining hides patches of {patch}x{patch}: image_size must be a multiple, got {options.image_size}")
     data = Unlabelled(options.data, options.image_size, options.batch_size, options.seed)
     torch.manual_seed(options.seed)
-    model = fcmae(size, drop_path_rate=0.1)
+    if options.model in MAES:
+        model = getattr(mae, options.model)(img_size=options.image_size, norm_pix_loss=True)
+    else:
+        model = fcmae(size, drop_path_rate=0.1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("grn.gamma"):
@@ -76,8 +85,10 @@ def draw(run: Run, data: Images, path: Path) -> None:
     with torch.inference_mode(), run.autocast():
         _, pred, mask = run.model(images)
         filled = run.model.reconstruct(images, pred, mask)
-    hidden = mask.repeat_interleave(PATCH, 1).repeat_interleave(PATCH, 2)[:, None]
-    rows = {"original": images, "60% hidden": images.masked_fill(hidden, 0), "reconstructed": filled}
+    side = round(mask[0].numel() ** 0.5)
+    mask = mask.view(-1, side, side) > 0
+    hidden = mask.repeat_interleave(images.shape[2] // side, 1).repeat_interleave(images.shape[3] // side, 2)[:, None]
+    rows = {"original": images, f"{mask.float().mean():.0%} hidden": images.masked_fill(hidden, 0), "reconstructed": filled}
     figure = Figure(figsize=(1.5 * len(images), 4.8), dpi=100, layout="constrained")
     grid = figure.subplots(len(rows), len(images), squeeze=False)
     for axes, (title, pictures) in zip(grid, rows.items()):

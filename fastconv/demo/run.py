@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,9 +14,12 @@ import torch
 from timm.loss import SoftTargetCrossEntropy
 from torch import nn
 
+from ..models import MODELS
+from ..zoo import create_model
 from .data import Images, seed_all
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+LAYER_SCALE = 0.5  # at its usual 1e-6 the convolutions hardly reach the loss, and errors in them would not show
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -33,6 +37,8 @@ class Options:
     seed: int = 0
     output: Path = Path("fastconv-demo.png")
     pretrain: bool = False
+    finetune: str | None = None  # "linear", "all" or "last-N"
+    weights: Path | None = None  # of the model to fine-tune
 
     def __post_init__(self):
         if self.dtype not in DTYPES:
@@ -41,8 +47,36 @@ class Options:
             raise ValueError(f"demo: batch_size must be even and at least 2 (mixup pairs the images), got {self.batch_size}")
         if self.steps < 2:
             raise ValueError(f"demo: steps must be at least 2, got {self.steps}")
+        if self.finetune and not re.fullmatch(r"linear|all|last-[1-9]\d*", self.finetune):
+            raise ValueError(f"demo: finetune must be linear, all or last-N with the number of stages N, got {self.finetune!r}")
+        if self.finetune and self.pretrain:
+            raise ValueError("demo: pretrain and finetune are two demos: choose one")
+        if self.weights and not self.finetune:
+            raise ValueError("demo: weights are those of a model to fine-tune: add --finetune linear, last-N or all")
         if torch.device(self.device).type == "cuda" and not torch.cuda.is_available():
             raise ValueError(f"demo: device {self.device!r} was asked for, but torch sees no CUDA device; use --device cpu")
+
+
+def build(options: Options, classes: int) -> nn.Module:
+    """The unpatched model with random weights, stochastic depth and a layer scale that matters."""
+    if options.model in MODELS and MODELS[options.model].family == "MAE":
+        raise ValueError(f"demo: {options.model} predicts pixels, not classes: use --pretrain")
+    try:
+        model = _build(options, classes, drop_path_rate=0.1)
+    except TypeError as error:  # no such argument: torchvision's models have another and a default of 0.1, many others none
+        if "drop_path_rate" not in str(error):
+            raise
+        model = _build(options, classes)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.rpartition(".")[2] in ("gamma", "layer_scale", "layer_scale_parameter"):
+                parameter.fill_(LAYER_SCALE)
+    return model.to(options.device).train()
+
+
+def _build(options: Options, classes: int, **kw) -> nn.Module:
+    torch.manual_seed(options.seed)
+    return create_model(options.model, fused=False, num_classes=classes, **kw)
 
 
 @dataclass
@@ -65,7 +99,9 @@ class Run:
         self.dtype = DTYPES[self.options.dtype]
         self.model.to(memory_format=LAYOUTS[self.layout])
         self.criterion = SoftTargetCrossEntropy()
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=self.learning_rate, weight_decay=0.05, fused=True)
+        self.optimizer = torch.optim.AdamW(
+            [p for p in self.model.parameters() if p.requires_grad], lr=self.learning_rate, weight_decay=0.05, fused=True
+        )
         warmup, steps = max(1, self.options.steps // 6), self.options.steps
         ramp = torch.optim.lr_scheduler.LinearLR(self.optimizer, 1 / (warmup + 1), total_iters=warmup)
         cosine = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, max(1, steps - warmup))
@@ -82,6 +118,7 @@ class Run:
     def logits(self, images: torch.Tensor) -> torch.Tensor:
         with self.autocast():
             output = self.model(images)
+        output = output[0] if type(output) is tuple else output  # the others are of auxiliary heads
         return getattr(output, "logits", output).float()
 
     def loss(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

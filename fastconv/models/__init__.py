@@ -9,8 +9,8 @@ from torch import nn
 
 
 class Spec(NamedTuple):
-    """One bundled model: the function `name` in the file `module`, parameters (millions), GMACs an image at `resolution`, and
-    the ops that it gains from."""
+    """One bundled model: the function `name` in the file `module`, parameters (millions), GMACs an image at `resolution` (of a
+    pretraining those of its own forward, three quarters masked), and the ops that it gains from."""
 
     name: str
     module: str
@@ -69,7 +69,7 @@ _family(
 _family(
     "swin",
     "Swin",
-    (),
+    ("gelu_linear",),
     swin_tiny_patch4_window7_224=(28.29, 4.49, 224),
     swin_small_patch4_window7_224=(49.61, 8.74, 224),
     swin_base_patch4_window7_224=(87.77, 15.43, 224),
@@ -78,7 +78,7 @@ _family(
 _family(
     "swin_v2",
     "Swin V2",
-    (),
+    ("gelu_linear",),
     swinv2_tiny_window8_256=(28.35, 5.94, 256),
     swinv2_small_window8_256=(49.73, 11.55, 256),
     swinv2_base_window8_256=(87.92, 20.33, 256),
@@ -87,16 +87,24 @@ _family(
 _family(
     "vit",
     "ViT",
-    (),
+    ("gelu_linear",),
     vit_tiny_patch16_224=(5.72, 1.25, 224),
     vit_small_patch16_224=(22.05, 4.60, 224),
     vit_base_patch16_224=(86.57, 17.56, 224),
     vit_large_patch16_224=(304.33, 61.55, 224),
     vit_huge_patch14_224=(632.05, 167.30, 224),
 )
-_family("vit", "DeiT", (), deit_base_distilled_patch16_224=(87.34, 17.66, 224))
-_family("beit", "BEiT", (), beit_base_patch16_224=(86.53, 17.56, 224), beit_large_patch16_224=(304.43, 61.55, 224))
-_family("eva", "EVA", (), eva_giant_patch14_224=(1012.56, 267.03, 224))
+_family("vit", "DeiT", ("gelu_linear",), deit_base_distilled_patch16_224=(87.34, 17.66, 224))
+_family(
+    "mae",
+    "MAE",
+    ("gelu_linear",),
+    mae_vit_base_patch16=(111.91, 9.78, 224),
+    mae_vit_large_patch16=(329.54, 20.76, 224),
+    mae_vit_huge_patch14=(657.07, 48.56, 224),
+)
+_family("beit", "BEiT", ("gelu_linear",), beit_base_patch16_224=(86.53, 17.56, 224), beit_large_patch16_224=(304.43, 61.55, 224))
+_family("eva", "EVA", ("gelu_linear",), eva_giant_patch14_224=(1012.56, 267.03, 224))
 _family(
     "eva",
     "EVA-02",
@@ -109,7 +117,7 @@ _family(
 _family(
     "maxvit",
     "MaxViT",
-    (),
+    ("gelu_linear",),
     maxvit_tiny_tf_224=(30.92, 5.55, 224),
     maxvit_small_tf_224=(68.93, 11.58, 224),
     maxvit_base_tf_224=(119.47, 23.90, 224),
@@ -129,7 +137,7 @@ _family(
 _family(
     "mvitv2",
     "MViTv2",
-    (),
+    ("gelu_linear",),
     mvitv2_tiny=(24.17, 4.68, 224),
     mvitv2_small=(34.87, 6.96, 224),
     mvitv2_base=(51.47, 10.10, 224),

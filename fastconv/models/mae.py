@@ -181,13 +181,23 @@ class MaskedAutoencoder(nn.Module):
             x = block(x)
         return self.decoder_pred(self.decoder_norm(x))[:, 1:]
 
+    def targets(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | float, torch.Tensor | float]:
+        """The patches (N, L, patch_size^2 in_chans), and the mean and scale by which they are normalised."""
+        patches = patchify(images, self.patch_size)
+        if not self.norm_pix_loss:
+            return patches, 0.0, 1.0
+        var, mean = torch.var_mean(patches, -1, keepdim=True)
+        return patches, mean, (var + 1e-6).sqrt()
+
+    def reconstruct(self, images: torch.Tensor, pred: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """The images with their masked patches as predicted, under the mean and variance that those really have."""
+        patches, mean, scale = self.targets(images)
+        return unpatchify(torch.where(mask[..., None] > 0, pred * scale + mean, patches), self.patch_size)
+
     def forward_loss(self, images: torch.Tensor, pred: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Mean squared error of the masked patches' pixels."""
-        target = patchify(images, self.patch_size)
-        if self.norm_pix_loss:
-            var, mean = torch.var_mean(target, -1, keepdim=True)
-            target = (target - mean) / (var + 1e-6).sqrt()
-        return ((pred - target).square().mean(-1) * mask).sum() / mask.sum()
+        patches, mean, scale = self.targets(images)
+        return ((pred - (patches - mean) / scale).square().mean(-1) * mask).sum() / mask.sum()
 
     def forward(self, images: torch.Tensor, mask_ratio: float = 0.75, generator: torch.Generator | None = None):
         """(loss, pixels predicted for every patch, mask); `generator` draws the mask, and must be on the images' device."""

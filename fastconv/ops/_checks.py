@@ -6,6 +6,7 @@ import contextlib
 
 import torch
 
+from ._function import constant_when_traced
 from ._registry import FLOAT_DTYPES
 
 HALF_DTYPES = (torch.float16, torch.bfloat16)
@@ -60,6 +61,12 @@ def dense(tensor: torch.Tensor | None) -> torch.Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
+@constant_when_traced
+def _has_autocast(device_type: str) -> bool:
+    """torch 2.11 cannot trace the function itself."""
+    return torch.amp.is_autocast_available(device_type)
+
+
 def without_autocast(device: torch.device):
     """torch.autocast switched off, also on device types that have none (meta)."""
-    return torch.autocast(device.type, enabled=False) if torch.amp.is_autocast_available(device.type) else contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False) if _has_autocast(device.type) else contextlib.nullcontext()

@@ -88,7 +88,7 @@ _registry.define(
         "global_response_norm_fwd": lambda x_shape, *args, **kwargs: flops(x_shape, per_element=4),
         "global_response_norm_bwd": lambda dy_shape, *args, **kwargs: flops(dy_shape, per_element=7),
     },
-    backends=("cpu", "triton"),
+    backends=("cpu", "cuda", "triton"),
 )
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 from torch import nn
 
 from ..ops._registry import REROUTED
-from . import _block, huggingface, official, squeeze_excite, timm, torchvision
+from . import _block, huggingface, mlp, official, squeeze_excite, timm, torchvision
 from ._module import FastModule, Plan, current_fast_class, fast_class, make_sites, patchable_class, rebased, sites_of
 from ._report import NOT_PATCHED, Report, Site, Warned, _sites
 from ._rule import Rule
@@ -17,7 +17,7 @@ from ._verify import Verification, verify
 __all__ = ["Report", "Site", "Verification", "patch", "report", "unpatch", "verify"]
 
 OPS = (*_block.OPS, squeeze_excite.OP)
-LIBRARIES = (timm, torchvision, huggingface, squeeze_excite, official)
+LIBRARIES = (timm, torchvision, huggingface, squeeze_excite, official, mlp)
 RULES: tuple[Rule, ...] = tuple(rule for library in LIBRARIES for rule in library.RULES)  # the first that matches
 
 
@@ -59,8 +59,7 @@ def patch(
     sites: list[Site] = []
     swaps: list[tuple[nn.Module, type, dict[str, Site] | None]] = []
     memo: dict = {}
-    for name, module in model.named_modules():
-        rule = _rule(module)
+    for name, module, rule in _recognised(model):
         if rule is None or (filter_fn is not None and not filter_fn(name, module)):
             continue
         current = current_fast_class(module)
@@ -112,21 +111,29 @@ def unpatch(model: nn.Module) -> nn.Module:
 def report(model: nn.Module) -> Report:
     """The Report of a model as it is now: patched or not, a copy, or loaded from a file."""
     sites: list[Site] = []
-    for name, module in model.named_modules():
+    for name, module, rule in _recognised(model):
         if module in _sites or current_fast_class(module) is not None:
             found = sites_of(module) if isinstance(module, FastModule) else _sites[module]
             sites += _named(name, found.values())
             continue
-        rule = _rule(module)
-        if rule is not None:
-            _, inspected = rule.inspect(module)
-            rows = [(op, "declined", reason if status == "declined" else NOT_PATCHED) for op, (status, reason) in inspected.items()]
-            sites += make_sites(name, module, rows, Warned()).values()
+        _, inspected = rule.inspect(module)
+        rows = [(op, "declined", reason if status == "declined" else NOT_PATCHED) for op, (status, reason) in inspected.items()]
+        sites += make_sites(name, module, rows, Warned()).values()
     return Report(sites)
 
 
-def _rule(module: nn.Module) -> Rule | None:
-    return next((rule for rule in RULES if rule.matches(module)), None)
+def _recognised(model: nn.Module) -> Iterator[tuple[str, nn.Module, Rule | None]]:
+    """(name, module, rule) of every module that a rule knows or that is patched already."""
+    blocks: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        rule = next((rule for rule in RULES if rule.matches(module)), None)
+        if rule is None and module not in _sites and current_fast_class(module) is None:
+            continue
+        if rule is not None and not rule.inside_blocks and blocks and name.startswith(blocks):
+            continue
+        if isinstance(rule, _block.BlockRule):
+            blocks += (f"{name}." if name else "",)
+        yield name, module, rule
 
 
 def _named(name: str, sites: Iterable[Site]) -> list[Site]:

@@ -14,9 +14,23 @@ import torch.fx
 import torch.nn.functional as F
 from torch import nn
 
-from ..ops import _linear
-from ._body import GELU_LINEAR, Body, read_body
-from ._graph import ADD, MASK, MUL, TO_NCHW, TO_NHWC, Unsupported, is_attribute, is_call, permutation, scale, trace, trace_inputs
+from ._body import Body, read_body
+from ._graph import (
+    ADD,
+    MASK,
+    MUL,
+    TO_NCHW,
+    TO_NHWC,
+    Unsupported,
+    gate,
+    is_attribute,
+    is_call,
+    is_child,
+    permutation,
+    scale,
+    trace,
+    trace_inputs,
+)
 from ._module import Kinds, child_at, unwrapped
 
 
@@ -153,10 +167,10 @@ def read_block(
     if not _is_shortcut(shortcut, x):
         raise Unsupported("its forward does not end in a sum with its input")
     steps: list[tuple] = []
-    last = node
+    last, gated = node, None
     while node is not x:
         last = node
-        if len(node.users) != 1:  # by an operation in place, say
+        if len(node.users) != 1 and node is not gated:  # by an operation in place, say
             raise Unsupported(f"the output of {node.target} is used twice")
         dims = permutation(node)
         if node.op == "call_module" and len(node.args) == 1 and not node.kwargs:
@@ -168,6 +182,10 @@ def read_block(
         elif is_call(node, ("masked_fill",)) and node.args[1:] == (*others, 0) and not node.kwargs:
             steps.append((MASK, ""))
             node = node.args[0]
+        elif is_call(node, MUL) and len(node.args) == 2 and gate(node):
+            step, node = gate(node)
+            steps.append(("gate", step))
+            gated = node
         elif is_call(node, MUL) and len(node.args) == 2:
             steps.append(("scale", node))
             node = next((a for a in node.args if isinstance(a, torch.fx.Node) and not _reads_parameter(a)), None)
@@ -198,14 +216,17 @@ def _parse(block, steps, shortcut, drop_paths, inline, in_place, masked):
     unknown = Unsupported(f"its forward is another computation: {chain}")
     layout, gamma, drop_path, calls, body = "nchw", "", "", [], []
     for kind, value in steps:
+        step = kind in ("call", "gate", MASK)
+        late = drop_path or (gamma and step)
+        early = kind in ("gate", MASK) and len(calls) < 2
         if kind == "call" and value in drop_paths:
             drop_path = value
-        elif (drop_path and kind in ("call", "scale", MASK)) or (gamma and kind in ("call", MASK)) or (kind == MASK and len(calls) < 2):
+        elif (step or kind == "scale") and (late or early or (kind == "gate" and layout != "nchw")):
             raise unknown
-        elif kind in ("call", MASK):
+        elif step:
             calls.append((value or MASK, layout))
         elif kind == "scale":
-            channels = next((c.out_channels for c in (child_at(block, p) for p, _ in calls if p != MASK) if isinstance(c, nn.Conv2d)), -1)
+            channels = next((c.out_channels for c in (child_at(block, p) for p, _ in calls if is_child(p)) if isinstance(c, nn.Conv2d)), -1)
             found = [s for s in (scale(a, block, channels) for a in value.args) if s]
             if gamma or len(found) != 1 or found[0][1] != layout:
                 raise unknown
@@ -215,14 +236,14 @@ def _parse(block, steps, shortcut, drop_paths, inline, in_place, masked):
         else:
             layout = kind
     before = []
-    while calls and calls[0][1] == "nchw" and calls[0][0] != MASK and not isinstance(child_at(block, calls[0][0]), nn.Conv2d):
+    while calls and calls[0][1] == "nchw" and is_child(calls[0][0]) and not isinstance(child_at(block, calls[0][0]), nn.Conv2d):
         before.append(calls.pop(0)[0])
         if any(getattr(m, "inplace", False) for m in child_at(block, before[-1]).modules()):
             raise Unsupported(f"{before[-1]} writes over the input, which the shortcut needs")
     if layout != "nchw" or len(calls) < 3 or calls[0][1] != "nchw":
         raise unknown
     (conv_path, _), (norm_path, norm_layout), *rest = calls
-    if MASK in (conv_path, norm_path):
+    if not (is_child(conv_path) and is_child(norm_path)):
         raise unknown
     conv, norm = child_at(block, conv_path), child_at(block, norm_path)
     view = "nhwc"
@@ -241,8 +262,6 @@ def _parse(block, steps, shortcut, drop_paths, inline, in_place, masked):
 
     body, body_sites = read_body(block, body, inline)
     sites.update(body_sites)
-    if _linear.PREFERS_CONVOLUTION and set(body.linears) - {f.path for f in body.fusions if f.op == GELU_LINEAR}:
-        sites["linear"] = ("native", "as 1x1 convolutions where oneDNN beats MKL")
 
     def kinds(*paths: str) -> Kinds:
         return tuple((path, unwrapped(type(child_at(block, path)))) for path in paths if path)
@@ -259,7 +278,7 @@ def _parse(block, steps, shortcut, drop_paths, inline, in_place, masked):
         in_place=in_place,
         head_kinds=kinds(*inline, conv_path, norm_path),
         tail_kinds=kinds(*inline, drop_path),
-        consumer_kinds=() if rest[0][0] == MASK else _consumers(block, rest[0][0]),
+        consumer_kinds=_consumers(block, rest[0][0]) if is_child(rest[0][0]) else (),
         masked=masked,
     )
     return found, sites

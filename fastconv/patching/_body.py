@@ -10,11 +10,11 @@ import torch.fx
 import torch.nn.functional as F
 from torch import nn
 
-from ._graph import ADD, MASK, MUL, Unsupported, is_call, scale, trace
+from ..ops import _linear
+from ._graph import ADD, MUL, VIEWS, Step, Unsupported, is_call, is_child, scale, trace
 from ._module import Kinds, child_at, unwrapped
 
 GRN, GELU_LINEAR = "global_response_norm", "gelu_linear"
-VIEWS = ("nchw", "nhwc")
 _NORMS = {torch.norm: "p", "norm": "p", torch.linalg.vector_norm: "ord"}  # by the name of their second argument
 
 
@@ -37,54 +37,60 @@ class Fusion:
 
 @dataclass(frozen=True)
 class Body:
-    """Paths are relative to the block. "nchw" and "nhwc" among the steps switch the view, MASK zeroes what is masked."""
+    """Paths are relative to the block. "nchw" and "nhwc" among the steps switch the view, MASK zeroes what is masked, a Gate
+    multiplies by what it says."""
 
-    steps: tuple[str, ...]  # children to call
-    leaves: tuple[str, ...]  # the same with containers opened; () if there is nothing to replace
+    steps: tuple[Step, ...]  # children to call
+    leaves: tuple[Step, ...]  # the same with containers opened; () if there is nothing to replace
     containers: Kinds  # those that were opened
     linears: tuple[str, ...]  # the leaves that are nn.Linear and take NHWC
     linear_kinds: Kinds
     fusions: tuple[Fusion, ...]
 
 
-def read_body(block: nn.Module, steps: list[str], inline: tuple[str, ...]) -> tuple[Body, dict[str, tuple[str, str]]]:
+def read_body(block: nn.Module, steps: list[Step], inline: tuple[str, ...]) -> tuple[Body, dict[str, tuple[str, str]]]:
     """The body, and by op (status, reason) of the ops that it has a place for. `inline`: containers that the steps lie in."""
     leaves, containers, view, views = [], list(inline), "nhwc", []
     for step in steps:
         view = step if step in VIEWS else view
-        inside, opened = ([step], []) if step in VIEWS or step == MASK else _opened(block, step)
+        inside, opened = _opened(block, step) if is_child(step) else ([step], [])
         known = any(isinstance(child_at(block, path), (nn.Linear, nn.Conv2d)) or _grn(child_at(block, path)) for path in inside if opened)
         leaves += inside if known else [step]
         containers += opened if known else []
         views += [view] * (len(leaves) - len(views))
-    children = [None if leaf in VIEWS or leaf == MASK else child_at(block, leaf) for leaf in leaves]
+    children = [child_at(block, leaf) if is_child(leaf) else None for leaf in leaves]
     fusions, sites = _fusions(leaves, children, views)
     linears = [n for n, c, v in zip(leaves, children, views) if v == "nhwc" and _pointwise(c, v)]
 
     def kinds(paths) -> Kinds:
         return tuple((path, unwrapped(type(child_at(block, path)))) for path in paths)
 
+    if _linear.PREFERS_CONVOLUTION and set(linears) - {f.path for f in fusions if f.op == GELU_LINEAR}:
+        sites["linear"] = ("native", "as 1x1 convolutions where oneDNN beats MKL")
     if not linears and not fusions:
         leaves, containers = [], []
     return Body(tuple(steps), tuple(leaves), kinds(containers), tuple(linears), kinds(linears), fusions), sites
 
 
-def _opened(block: nn.Module, path: str) -> tuple[list[str], list[str]]:
-    """(leaves, containers) of a child whose forward only calls its children one after another; ([path], []) for any other."""
-    child = child_at(block, path)
+def chain(module: nn.Module) -> list[str] | None:
+    """The children that the module's forward calls one after another, where it does nothing else."""
     try:
-        x, node = trace(child) if len(child._modules) else (None, None)
+        x, node = trace(module) if len(module._modules) else (None, None)
     except Unsupported:
-        x = None
-    if x is None:
-        return [path], []
+        return None
     names = []
     while node is not x:
         if node.op != "call_module" or len(node.args) != 1 or node.kwargs or len(node.users) != 1:
-            return [path], []
+            return None
         names.insert(0, node.target)
         node = node.args[0]
-    if len(x.users) != 1:
+    return names if x is not None and len(x.users) == 1 else None
+
+
+def _opened(block: nn.Module, path: str) -> tuple[list[str], list[str]]:
+    """(leaves, containers) of a child that is a chain; ([path], []) for any other."""
+    names = chain(child_at(block, path))
+    if names is None:
         return [path], []
     leaves, containers = [], [path]
     for name in names:
@@ -135,7 +141,7 @@ def _between(leaves, children, linear: str) -> str:
         return ""
     if any(c is not None and _gelu(c) for _, c in found):
         name, child = next((n, c) for n, c in found if c is None or not _gelu(c))
-        kind = "a mask" if child is None else f"{name} ({type(child).__name__})"
+        kind = "a mask or a gate" if child is None else f"{name} ({type(child).__name__})"
         return f"{kind} lies beside the GELU before {linear}"
     name, child = found[0]
     return f"the activation before {linear} is no GELU: {name} ({type(child).__name__})" if child is not None else ""

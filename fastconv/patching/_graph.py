@@ -3,16 +3,34 @@
 from __future__ import annotations
 
 import operator
+from typing import NamedTuple
 
 import torch
 import torch.fx
+import torch.nn.functional as F
 from torch import nn
 
 TO_NHWC, TO_NCHW = (0, 2, 3, 1), (0, 3, 1, 2)
 MASK = ".masked_fill"  # among the steps of a body: zeroes what the forward's second argument says; no child can have this name
+VIEWS = ("nchw", "nhwc")
 ADD = (operator.add, torch.add, "add")
 MUL = (operator.mul, torch.mul, "mul")
 PERMUTE = (torch.permute, "permute")
+
+
+class Gate(NamedTuple):
+    """A step of a body: x * interpolate(child(x), size of x, mode, align_corners=align_corners), of NCHW maps."""
+
+    child: str
+    mode: str
+    align_corners: bool | None
+
+
+Step = str | Gate  # a child, a view, MASK, or a gate
+
+
+def is_child(step: Step) -> bool:
+    return isinstance(step, str) and step not in VIEWS and step != MASK
 
 
 class Unsupported(Exception):
@@ -65,6 +83,23 @@ def is_attribute(node, name: str) -> bool:
     if not isinstance(node, torch.fx.Node):
         return False
     return (node.op, node.target) in (("get_attr", name), ("call_module", f"parametrizations.{name}"))
+
+
+def gate(product: torch.fx.Node) -> tuple[Gate, torch.fx.Node] | None:
+    """The gate that a product is, and the node that it gates; None for any other."""
+    for x, resized in (product.args, product.args[::-1]):
+        if not is_call(resized, (F.interpolate,)) or len(resized.args) != 1:
+            continue
+        given = {"size": None, "mode": "nearest", "align_corners": None, **resized.kwargs}
+        call, size = resized.args[0], given.pop("size")
+        shape = size.args[0] if is_call(size, (operator.getitem,)) and size.args[1] == slice(2, None, None) else None
+        if call.op != "call_module" or call.args != (x,) or call.kwargs or not is_call(shape, (getattr,)) or shape.args != (x, "shape"):
+            continue
+        others = {k: v for k, v in given.items() if v not in (None, False)}.keys() - {"mode", "align_corners"}
+        once = all(len(n.users) == 1 for n in (resized, call, size, shape))
+        if once and not others and set(x.users) == {product, call, shape}:
+            return Gate(call.target, given["mode"], given["align_corners"]), x
+    return None
 
 
 def scale(node, block: nn.Module, C: int) -> tuple[str, str] | None:

@@ -22,6 +22,7 @@ class Rule:
     classes: tuple[str, ...]
 
     ops: ClassVar[tuple[str, ...]] = ()
+    inside_blocks: ClassVar[bool] = True  # whether it applies inside of a block that is another rule's too
 
     def matches(self, module: nn.Module) -> bool:
         library = sys.modules.get(self.defined_in)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ..ops import Choice, gelu_linear, global_response_norm, select
 from ..ops._linear import as_convolution, convolution_is_faster
 from ..ops._registry import ORDER, switched_off
 from ._body import GELU_LINEAR, GRN, Body, Fusion
-from ._graph import MASK
+from ._graph import MASK, Gate, Step
 from ._module import PLAIN, FastModule, Kinds, bypass_reason, child_at, choose, sites_of
 from ._report import record
 
@@ -37,7 +38,7 @@ def output_dtype(block: FastModule, consumer_kinds: Kinds, device: str, compute_
     return torch.float32
 
 
-def plain_steps(block: FastModule, steps: tuple[str, ...], y: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+def plain_steps(block: FastModule, steps: tuple[Step, ...], y: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
     for step in steps:
         if step == "nchw":
             y = y.permute(0, 3, 1, 2)
@@ -45,6 +46,8 @@ def plain_steps(block: FastModule, steps: tuple[str, ...], y: torch.Tensor, mask
             y = y.permute(0, 2, 3, 1)
         elif step == MASK:
             y = y.masked_fill(mask, 0)
+        elif isinstance(step, Gate):
+            y = y * F.interpolate(child_at(block, step.child)(y), size=y.shape[2:], mode=step.mode, align_corners=step.align_corners)
         else:
             y = child_at(block, step)(y)
     return y
@@ -111,8 +114,13 @@ def _fits(block: FastModule, fusion: Fusion, y: torch.Tensor) -> bool:
     """Whether what comes out of the layer before is what the op takes; it may be anybody's layer."""
     reason, dtypes = "", {p.dtype for p in _parameters(block, fusion) if p is not None}
     channels = child_at(block, fusion.path)._parameters[fusion.weight].flatten(1 if fusion.op == GELU_LINEAR else 0).shape[-1]
-    if type(y) not in PLAIN or y.dim() != 4 or y.shape[-1 if fusion.view == "nhwc" else 1] != channels:
-        reason = f"{fusion.path} gets no (N, H, W, C) tensor"
+    if (
+        type(y) not in PLAIN
+        or y.dim() < 2
+        or (y.dim() != 4 and (fusion.op == GRN or fusion.view == "nchw"))
+        or y.shape[-1 if fusion.view == "nhwc" else 1] != channels
+    ):
+        reason = f"{fusion.path} gets no tensor of its shape"
     elif not _mixes(fusion.op, y, dtypes):
         reason = f"the input of {fusion.path} and its parameters have different dtypes"
     if reason:

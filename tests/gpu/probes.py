@@ -185,10 +185,11 @@ def conversions(run: Machine) -> dict[str, Seen]:
     bits, back = full(2, n, dtype=torch.int16), full(3, n)
     run("conversions", x, bits, back, n)
     partner = x[torch.randperm(n)]
-    pairs, out = full(3, n, dtype=torch.int32), full(3, n)
+    pairs, out = full(3, n, dtype=torch.int32), full(5, n)
     run("arithmetic", x, partner, pairs, out, n)
     wide = full(2, 1 << 16)
     run("widen", wide)
+    normal = x.abs() < 100  # powers that are no denormals
     special = ~(x.isfinite() & (x.abs() >= torch.finfo(torch.float32).smallest_normal) & (x > 0))
     return {
         "float to bf16": Seen(bits[0].view(torch.bfloat16)),
@@ -205,6 +206,9 @@ def conversions(run: Machine) -> dict[str, Seen]:
         "rsqrt of zero, NaN, Inf, negatives, denormals": Seen(out[0][special], ulps=3),
         "sqrtf": Seen(out[1]),
         "fmaf": Seen(out[2]),
+        "exp2": Seen(out[3][normal], ulps=3),  # 2 of the hardware's, 1 of the simulator's
+        "exp2 of NaN, Inf, what is far from 0": Seen(out[3][~normal], ulps=3),
+        "reciprocal": Seen(out[4], ulps=2),
     }
 
 
@@ -247,8 +251,19 @@ def launches(run: Machine) -> dict[str, Seen]:
     }
 
 
+def clusters(run: Machine) -> dict[str, Seen]:
+    """Blocks that read each other's shared memory; of 16 only where so many multiprocessors stand together."""
+    seen = {}
+    for blocks in (1, 2, 4, 8, 16):
+        y = full(2 * blocks, 64)
+        if run.library.probe_clusters_that_fit(ctypes.c_int64(blocks)):
+            run("cluster", torch.randn(2 * blocks, 64), y, 2 * blocks, blocks, 1, 1)
+        seen[f"{blocks} blocks"] = Seen(y, judged=blocks < 16)
+    return seen
+
+
 PROBES: tuple[Callable[[Machine], dict[str, Seen]], ...] = (
-    *(barriers, shuffles, widths, copies, ldmatrix, mma, conversions, atomics, launches),
+    *(barriers, shuffles, widths, copies, ldmatrix, mma, conversions, atomics, launches, clusters),
 )
 
 
@@ -331,7 +346,8 @@ def main() -> int:
     limit = torch.cuda.get_device_properties(0).shared_memory_per_block_optin
     simulator = Simulator(build.probes())
     hardware = Machine(ctypes.CDLL(str(compiled(arch_of_the_gpu()))), "cuda", limit)
-    with simulator.settings(shared_limit=limit):
+    cluster = 16 if torch.cuda.get_device_capability() >= (9, 0) else 1
+    with simulator.settings(shared_limit=limit, cluster=cluster):
         faults, notes = compare(Machine(simulator.library, "cpu", limit), hardware)
     for note in notes:
         print(f"open: {note}")

@@ -39,6 +39,10 @@ def run_ours() -> None:
     convs = ((1, 8, 14, 32), 7), ((2, 9, 15, 33), 7), ((2, 6, 9, 24), 5), ((2, 5, 6, 17), 3), ((1, 6, 5, 3), 9), ((3, 1, 1, 64), 7)
     cases = [Case(op, shape, K=K) for op in ("depthwise_conv", "depthwise_conv_norm") for shape, K in convs]
     cases += [Case("residual_scale", shape) for shape in ((2, 9, 15, 33), (3, 50, 24), (2, 67, 1030))]
+    # Scalars; an image to a block; to a cluster; of float32, and of bfloat16 backward, in two passes.
+    cases += [
+        Case("global_response_norm", shape, act="gelu") for shape in ((2, 9, 15, 33), (3, 14, 5, 96), (1, 28, 28, 96), (1, 56, 56, 384))
+    ]
     for case in cases:
         for dtype in (torch.bfloat16, torch.float32):
             with use_backend("cuda"):

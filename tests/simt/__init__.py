@@ -15,8 +15,8 @@ probes.cu   small kernels that the engine's own tests run
 
 It sees: a value read before it is written (shared memory and the targets of cp.async hold NaN), accesses outside of shared
 memory or misaligned, barriers and collectives that do not match, what cannot be launched; with ASan accesses outside of
-tensors; with TSan two threads on one address without a barrier between them, also of different blocks. It does not see: the
-PTX itself, approximate instructions to the last bit, caches, the order of memory that atomics and fences give, blocks that
-wait for each other, and accesses that bypass portable.cuh, which test_simt_lint.py refuses. The layouts of mma and ldmatrix
-are those of the PTX manual, not of hardware.
+tensors; with TSan two threads on one address without a barrier between them, also of different blocks. The blocks of a cluster
+run together. It does not see: the PTX itself, approximate instructions to the last bit, caches, the order of memory that atomics
+and fences give, blocks that wait for each other outside of a cluster, and accesses that bypass portable.cuh, which
+test_simt_lint.py refuses. The layouts of mma and ldmatrix are those of the PTX manual, not of hardware.
 """

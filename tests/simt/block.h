@@ -1,4 +1,4 @@
-// A running block: its threads, its memory, and where they wait for each other.
+// A running block, or the blocks of a cluster: threads, memory, and where they wait for each other.
 #pragma once
 
 #include <algorithm>
@@ -14,7 +14,7 @@ namespace simt {
 
 constexpr unsigned kMaxCopies = 1024;  // cp.async of one thread in flight
 // TSan takes whatever ran on one fiber for ordered, and by way of a barrier everything that ran on a block's fibers. So blocks
-// share several sets of fibers, scattered: most pairs of blocks have none in common.
+// share several sets of fibers, scattered: most pairs of blocks have none in common. Clusters have one set, or they were too many.
 #ifdef SIMT_TSAN
 constexpr unsigned kSets = 4;
 #else
@@ -74,7 +74,7 @@ struct Copy {
   unsigned group;
 };
 
-enum class State { ready, at_barrier, in_collective, exited };
+enum class State { ready, at_barrier, at_cluster_barrier, in_collective, exited };
 
 struct Fiber {
   void* stack_pointer;
@@ -108,37 +108,50 @@ struct Warp {
   Lanes lanes[2];
 };
 
-class Block {
+struct Block {
+  dim3 index;
+  std::vector<SharedMemory> shared;  // [0] is the dynamic one
+  size_t shared_used = 0;
+  Meeting barrier;
+  unsigned alive = 0;
+  bool read = false;  // its shared memory, by another block since the cluster met
+};
+
+// One block where a launch is not in clusters. Threads count through its blocks.
+class Cluster {
  public:
-  Block(dim3 grid, dim3 size, size_t shared_bytes, const std::function<void()>& body)
-      : grid(grid), size(size), threads(size.x * size.y * size.z), shared_bytes(shared_bytes), body(body), fibers(threads),
-        warps((threads + kWarp - 1) / kWarp), strands(threads * kSets) {
-    for (Fiber& f : fibers) f.copies.resize(kMaxCopies);
+  Cluster(dim3 grid, dim3 size, unsigned count, size_t shared_bytes, const std::function<void()>& body)
+      : grid(grid), size(size), threads(size.x * size.y * size.z), warps_of_block((threads + kWarp - 1) / kWarp),
+        shared_bytes(shared_bytes), body(body), sets(count > 1 ? 1 : kSets), blocks(count), fibers(count * threads),
+        warps(count * warps_of_block), strands(count * threads * sets) {
     here.block_size = size;
     here.grid = grid;
   }
-  ~Block() {
+  ~Cluster() {
     SIMT_ON_TSAN(__tsan_acquire(&end_sync);)
     if (failed) strands.abandon();
   }
-  bool run(uint64_t index);  // false: a fault ended it
+  bool run(uint64_t index);  // of the cluster in the grid; false: a fault ended it
 
   // --- called by the running thread
   [[noreturn]] void stop(const std::string& what);
   void wait(State state, const Meeting& meeting, unsigned generation);
   void arrive(Meeting& meeting, const char* what, Site site);
   Fiber& current() { return fibers[running]; }
-  Warp& warp() { return warps[running / kWarp]; }
+  Block& block() { return blocks[running / threads]; }
+  unsigned lane() const { return running % threads % kWarp; }
+  unsigned warp_index() const { return running / threads * warps_of_block + running % threads / kWarp; }
+  Warp& warp() { return warps[warp_index()]; }
 
   const dim3 grid, size;
-  const unsigned threads;
+  const unsigned threads, warps_of_block;
   const size_t shared_bytes;
   const std::function<void()>& body;
+  const unsigned sets;
+  std::vector<Block> blocks;
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
   Strands strands;
-  std::vector<SharedMemory> shared;  // [0] is the dynamic one
-  size_t shared_used = 0;
   Meeting barrier;
   unsigned alive = 0, running = 0, set = 0;
   bool failed = false;
@@ -149,7 +162,7 @@ class Block {
   void prepare(uint64_t index);
   void resume(unsigned i);
   void yield();
-  bool runnable(const Fiber& f) const;
+  bool runnable(unsigned i) const;
   void report(const std::string& what);
   std::string waiting() const;
   static void entry();
@@ -159,6 +172,6 @@ class Block {
   SIMT_ON_ASAN(const void* scheduler_stack = nullptr; size_t scheduler_stack_size = 0;)
 };
 
-extern thread_local constinit Block* t_block __attribute__((tls_model("initial-exec")));
+extern thread_local constinit Cluster* t_cluster __attribute__((tls_model("initial-exec")));
 
 }  // namespace simt

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 ORDERS = ("forward", "reverse", "random")
-INVALID_VALUE, INVALID_CONFIGURATION, LAUNCH_FAILURE = 1, 9, 719  # CUDA's error codes
+INVALID_VALUE, INVALID_CONFIGURATION, LAUNCH_FAILURE, INVALID_CLUSTER_SIZE = 1, 9, 719, 912  # CUDA's error codes
 SHARED_LIMIT = 163 << 10  # of sm_80
 
 
@@ -55,6 +55,7 @@ class Simulator:
             ctypes.c_uint,
             ctypes.c_uint,
             ctypes.c_int64,
+            ctypes.c_uint,
             ctypes.c_uint64,
             ctypes.c_int,
         ]
@@ -64,7 +65,8 @@ class Simulator:
             "seed": 0,
             "workers": 1,
             "shared_limit": SHARED_LIMIT,
-            "last_blocks": 2**64 - 1,
+            "cluster": 1,
+            "end_blocks": 2**63 - 1,
             "count": False,
         }
         self._set(self._settings)
@@ -75,7 +77,8 @@ class Simulator:
 
     @contextlib.contextmanager
     def settings(self, **changed):
-        """Inside: order and seed of the threads, OS threads, shared memory of a block, only the last blocks, counting."""
+        """Inside: order and seed of the threads, OS threads, shared memory of a block, blocks of a cluster, only those at the ends of a
+        grid, counting. `cluster`: the most; 0 keeps kernels that would hold their input on the chip from it."""
         if unknown := changed.keys() - self._settings.keys():
             raise TypeError(f"unknown settings {sorted(unknown)}")
         before = self._settings

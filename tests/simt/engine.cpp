@@ -1,4 +1,4 @@
-// Runs blocks: a launch spreads them over OS threads, a block switches between the fibers of its threads.
+// Runs blocks: a launch spreads them over OS threads, a cluster of them switches between the fibers of its threads.
 #include <algorithm>
 #include <atomic>
 #include <cstring>
@@ -13,7 +13,7 @@ namespace simt {
 Config config;
 thread_local constinit Coordinates here __attribute__((tls_model("initial-exec")));
 
-thread_local constinit Block* t_block __attribute__((tls_model("initial-exec"))) = nullptr;
+thread_local constinit Cluster* t_cluster __attribute__((tls_model("initial-exec"))) = nullptr;
 
 static std::string g_message;
 static std::mutex g_mutex;
@@ -24,7 +24,7 @@ std::string place(Site site) {
 }
 bool same(Site a, Site b) { return a.line() == b.line() && a.column() == b.column() && !std::strcmp(a.file_name(), b.file_name()); }
 
-void Block::report(const std::string& what) {
+void Cluster::report(const std::string& what) {
   failed = true;
   std::lock_guard lock(g_mutex);
   const dim3 b = here.block;
@@ -32,13 +32,13 @@ void Block::report(const std::string& what) {
     g_message = what + " [block " + std::to_string(b.x) + ", " + std::to_string(b.y) + ", " + std::to_string(b.z) + "]";
 }
 
-void Block::stop(const std::string& what) {
-  report(what + ", thread " + std::to_string(running));
+void Cluster::stop(const std::string& what) {
+  report(what + ", thread " + std::to_string(running % threads));
   yield();  // for good
   __builtin_trap();
 }
 
-void Block::yield() {
+void Cluster::yield() {
   SIMT_ON_ASAN(void* fake = nullptr; const bool last = current().state == State::exited || failed;
                __sanitizer_start_switch_fiber(last ? nullptr : &fake, scheduler_stack, scheduler_stack_size);)
   SIMT_ON_TSAN(__tsan_switch_to_fiber(scheduler_fiber, 1);)  // 1: the switch itself orders nothing
@@ -46,10 +46,11 @@ void Block::yield() {
   SIMT_ON_ASAN(__sanitizer_finish_switch_fiber(fake, nullptr, nullptr);)
 }
 
-void Block::resume(unsigned i) {
+void Cluster::resume(unsigned i) {
   Fiber& f = fibers[i];
   running = i;
   here.thread = f.thread;
+  here.block = blocks[i / threads].index;
   f.state = State::ready;
   SIMT_ON_ASAN(void* fake = nullptr; __sanitizer_start_switch_fiber(&fake, strands[f.slot].bottom, Strand::kSize);)
   SIMT_ON_TSAN(__tsan_switch_to_fiber(strands[f.slot].tsan, f.entered ? 1 : 0);)  // 0: ordered after the launch
@@ -58,8 +59,8 @@ void Block::resume(unsigned i) {
   SIMT_ON_ASAN(__sanitizer_finish_switch_fiber(fake, nullptr, nullptr);)
 }
 
-void Block::entry() {
-  Block& b = *t_block;
+void Cluster::entry() {
+  Cluster& b = *t_cluster;
   SIMT_ON_ASAN(__sanitizer_finish_switch_fiber(nullptr, &b.scheduler_stack, &b.scheduler_stack_size);)
   b.body();
   SIMT_ON_TSAN(__tsan_release(&b.end_sync);)
@@ -67,13 +68,19 @@ void Block::entry() {
   if (f.landed != f.issued) b.stop("a thread exits with cp.async in flight");
   f.state = State::exited;
   --b.warp().alive;
-  if (--b.alive && b.barrier.arrived == b.alive) b.barrier.arrived = 0, ++b.barrier.generation;  // it no longer counts
+  const auto leave = [](Meeting& m, unsigned& alive) {
+    if (--alive && m.arrived == alive) m.arrived = 0, ++m.generation;  // it no longer counts
+  };
+  Block& block = b.block();
+  if (block.alive == 1 && block.read) b.stop("a block exits before it has met those that read its shared memory");
+  leave(block.barrier, block.alive);
+  leave(b.barrier, b.alive);
   b.yield();
   __builtin_trap();
 }
 
 // Whoever comes last opens the meeting and runs on.
-void Block::arrive(Meeting& meeting, const char* what, Site site) {
+void Cluster::arrive(Meeting& meeting, const char* what, Site site) {
   if (!meeting.arrived++) {
     meeting.what = what;
     meeting.site = site;
@@ -82,7 +89,7 @@ void Block::arrive(Meeting& meeting, const char* what, Site site) {
   }
 }
 
-void Block::wait(State state, const Meeting& meeting, unsigned generation) {
+void Cluster::wait(State state, const Meeting& meeting, unsigned generation) {
   Fiber& f = current();
   f.state = state;
   f.what = meeting.what;
@@ -91,21 +98,23 @@ void Block::wait(State state, const Meeting& meeting, unsigned generation) {
   yield();
 }
 
-bool Block::runnable(const Fiber& f) const {
+bool Cluster::runnable(unsigned i) const {
+  const Fiber& f = fibers[i];
   switch (f.state) {
     case State::ready: return true;
-    case State::at_barrier: return barrier.generation != f.generation;
-    case State::in_collective: return warps[(&f - fibers.data()) / kWarp].meeting.generation != f.generation;
+    case State::at_barrier: return blocks[i / threads].barrier.generation != f.generation;
+    case State::at_cluster_barrier: return barrier.generation != f.generation;
+    case State::in_collective: return warps[i / threads * warps_of_block + i % threads / kWarp].meeting.generation != f.generation;
     default: return false;
   }
 }
 
-std::string Block::waiting() const {
+std::string Cluster::waiting() const {
   std::string text = "deadlock";
-  for (unsigned i = 0, end; i < threads; i = end) {
+  for (unsigned i = 0, end; i < fibers.size(); i = end) {
     const Fiber& f = fibers[i];
     const auto alike = [&](const Fiber& g) { return g.state == f.state && (f.state == State::exited || same(g.site, f.site)); };
-    for (end = i; end < threads && alike(fibers[end]);) ++end;
+    for (end = i; end < fibers.size() && alike(fibers[end]);) ++end;
     const std::string first = std::to_string(i), last = std::to_string(end - 1);
     text += std::string(i ? "; " : ": ") + (end - i > 1 ? "threads " + first + "-" + last : "thread " + first);
     text += f.state == State::exited ? std::string(" exited") : std::string(" in ") + f.what + " at " + place(f.site);
@@ -113,25 +122,31 @@ std::string Block::waiting() const {
   return text;
 }
 
-void Block::prepare(uint64_t index) {
-  here.block = {static_cast<unsigned>(index % grid.x), static_cast<unsigned>(index / grid.x % grid.y),
-                static_cast<unsigned>(index / grid.x / grid.y)};
-  alive = threads;
+void Cluster::prepare(uint64_t index) {
+  alive = static_cast<unsigned>(fibers.size());
   barrier = {};
-  shared.clear();
-  shared.emplace_back(shared_bytes);
-  shared_used = shared_bytes;
+  for (Block& b : blocks) {
+    const uint64_t i = index * blocks.size() + (&b - blocks.data());
+    b.index = {static_cast<unsigned>(i % grid.x), static_cast<unsigned>(i / grid.x % grid.y), static_cast<unsigned>(i / grid.x / grid.y)};
+    b.alive = threads;
+    b.barrier = {};
+    b.read = false;
+    b.shared.clear();
+    b.shared.emplace_back(shared_bytes);
+    b.shared_used = shared_bytes;
+  }
   const uint64_t scattered = (index + 1) * 0x9E3779B97F4A7C15u;
-  set = static_cast<unsigned>(scattered >> 56) % kSets;
-  const unsigned rotation = static_cast<unsigned>((scattered >> 32) % threads);
+  set = static_cast<unsigned>(scattered >> 56) % sets;
+  const unsigned count = alive, rotation = static_cast<unsigned>((scattered >> 32) % count);
   for (unsigned w = 0; w < warps.size(); ++w) {
-    warps[w].alive = std::min(kWarp, threads - w * kWarp);
+    warps[w].alive = std::min(kWarp, threads - w % warps_of_block * kWarp);
     warps[w].meeting = {};
   }
-  for (unsigned i = 0; i < threads; ++i) {
+  for (unsigned i = 0; i < count; ++i) {
     Fiber& f = fibers[i];
-    f.thread = {i % size.x, i / size.x % size.y, i / (size.x * size.y)};
-    f.slot = set * threads + (i + rotation) % threads;
+    const unsigned t = i % threads;
+    f.thread = {t % size.x, t / size.x % size.y, t / (size.x * size.y)};
+    f.slot = set * count + (i + rotation) % count;
     f.stack_pointer = strands[f.slot].prepare(entry);
     f.entered = false;
     f.state = State::ready;
@@ -140,12 +155,13 @@ void Block::prepare(uint64_t index) {
   if (counter) counter->start(static_cast<unsigned>(warps.size()));
 }
 
-bool Block::run(uint64_t index) {
-  t_block = this;
+bool Cluster::run(uint64_t index) {
+  t_cluster = this;
   prepare(index);
   SIMT_ON_TSAN(scheduler_fiber = __tsan_get_current_fiber();)
-  std::vector<unsigned> order(threads);
-  for (unsigned i = 0; i < threads; ++i) order[i] = config.order == Order::reverse ? threads - 1 - i : i;
+  const unsigned count = static_cast<unsigned>(fibers.size());
+  std::vector<unsigned> order(count);
+  for (unsigned i = 0; i < count; ++i) order[i] = config.order == Order::reverse ? count - 1 - i : i;
   std::mt19937 random(static_cast<unsigned>(config.seed + index * 7919));
   for (bool progress = true; alive && !failed;) {
     if (!progress) {
@@ -155,20 +171,20 @@ bool Block::run(uint64_t index) {
     if (config.order == Order::random) std::shuffle(order.begin(), order.end(), random);
     progress = false;
     for (unsigned i : order) {
-      if (failed || !runnable(fibers[i])) continue;
+      if (failed || !runnable(i)) continue;
       progress = true;
       resume(i);
     }
   }
   if (counter)
     for (unsigned w = 0; w < warps.size(); ++w) counter->meet(w);
-  t_block = nullptr;
+  t_cluster = nullptr;
   return !failed;
 }
 
 const std::string& message() { return g_message; }
 
-int launch(dim3 grid, dim3 size, size_t shared_bytes, const std::function<void()>& body) {
+int launch(dim3 grid, dim3 size, size_t shared_bytes, const std::function<void()>& body, unsigned cluster) {
   g_message.clear();
   const uint64_t threads = uint64_t{size.x} * size.y * size.z, blocks = uint64_t{grid.x} * grid.y * grid.z;
   const bool bad_grid = !blocks || grid.x > 0x7FFFFFFF || grid.y > 65535 || grid.z > 65535;
@@ -181,17 +197,23 @@ int launch(dim3 grid, dim3 size, size_t shared_bytes, const std::function<void()
     g_message = "dynamic shared memory of " + std::to_string(shared_bytes) + " bytes, the limit is " + std::to_string(config.shared_limit);
     return kInvalidValue;
   }
-  std::atomic<uint64_t> next{blocks - std::min(blocks, config.last_blocks)};
+  if (cluster > 1 && (cluster > config.cluster || grid.x % cluster)) {
+    g_message = "clusters of " + std::to_string(cluster) + " blocks in a grid of " + std::to_string(grid.x) + ", the limit is " +
+                std::to_string(config.cluster);
+    return kInvalidClusterSize;
+  }
+  const uint64_t clusters = blocks / cluster, ends = std::min(clusters, config.end_blocks);
+  std::atomic<uint64_t> next{0};
   std::atomic<bool> failed{false};
   LaunchCount count;
   count.grid = grid, count.block = size, count.shared_bytes = shared_bytes;
   const auto work = [&] {
-    Block block(grid, size, shared_bytes, body);
-    if (config.count) block.counter = std::make_unique<Counter>();
-    for (uint64_t i; !failed && (i = next++) < blocks;)
-      if (!block.run(i)) failed = true;
+    Cluster running(grid, size, cluster, shared_bytes, body);
+    if (config.count) running.counter = std::make_unique<Counter>();
+    for (uint64_t i; !failed && (i = next++) < std::min(2 * ends, clusters);)
+      if (!running.run(i < ends ? i : clusters - std::min(2 * ends, clusters) + i)) failed = true;
     std::lock_guard lock(g_mutex);
-    if (block.counter) count.merge(block.counter->total);
+    if (running.counter) count.merge(running.counter->total);
   };
   std::vector<std::thread> others;
   for (unsigned i = 1; i < config.workers && i < blocks; ++i) others.emplace_back(work);
@@ -203,8 +225,9 @@ int launch(dim3 grid, dim3 size, size_t shared_bytes, const std::function<void()
 
 }  // namespace simt
 
-SIMT_EXPORT void simt_configure(int order, unsigned seed, unsigned workers, int64_t shared_limit, uint64_t last_blocks, int count) {
-  simt::config = {static_cast<simt::Order>(order), seed, workers, shared_limit, last_blocks, count != 0};
+SIMT_EXPORT void simt_configure(int order, unsigned seed, unsigned workers, int64_t shared_limit, unsigned cluster, uint64_t end_blocks, int count) {
+  simt::config = {static_cast<simt::Order>(order), seed, workers, shared_limit, cluster, end_blocks, count != 0};
 }
 SIMT_EXPORT const char* simt_message() { return simt::message().c_str(); }
 SIMT_EXPORT int64_t simt_shared_limit() { return simt::config.shared_limit; }
+SIMT_EXPORT int64_t simt_cluster_limit() { return simt::config.cluster; }

@@ -118,7 +118,7 @@ def offsets_past_2_31(simulator) -> None:
 
     inputs = last._replace(tensors={name: grown(t) for name, t in last.tensors.items()}, dout=grown(last.dout))
     assert inputs.dout.numel() > 2**31
-    with simulator.settings(last_blocks=8), use_backend("cuda"):
+    with simulator.settings(end_blocks=8), use_backend("cuda"):
         got = run(getattr(ops, OP), inputs)
     for name in ("out", "dx"):
         assert torch.equal(got[name][-8:], expected[name]), f"huge {name}"

@@ -258,7 +258,7 @@ __global__ void widen_kernel(float* out) {
     store_global(out + (1 << 16) + i, to_float(fp16{static_cast<uint16_t>(i)}));
   }
 }
-// Of a and b: both in bfloat16, both in float16; a's bits, its inverse root, its root, and a b + a in one rounding.
+// Of a and b: both in bfloat16, both in float16; a's bits, its inverse root, its root, a b + a in one rounding, 2^a, 1 / a.
 __global__ void arithmetic_kernel(const float* a, const float* b, uint32_t* pairs, float* out, int n) {
   for (int i = threadIdx.x; i < n; i += kWarp) {
     const float v = load_global<float>(a + i), w = load_global<float>(b + i);
@@ -268,6 +268,8 @@ __global__ void arithmetic_kernel(const float* a, const float* b, uint32_t* pair
     store_global(out + i, rsqrt(v));
     store_global(out + n + i, sqrtf(v));
     store_global(out + 2 * n + i, fmaf(v, w, v));
+    store_global(out + 3 * n + i, exp2(v));
+    store_global(out + 4 * n + i, reciprocal(v));
   }
 }
 __global__ void wide_shuffles_kernel(const double* in, double* out) {
@@ -390,10 +392,6 @@ PROBE int probe_last_block(void* in, void* partial, void* ticket, void* out, int
 PROBE int probe_dynamic(void* in, void* out, int words) {
   return launch(dynamic_kernel, 1, 256, 4 * words, nullptr, static_cast<uint32_t*>(in), static_cast<uint32_t*>(out), words);
 }
-// Floats of partial sums: of a convolution's backward, of the norm's, of residual_scale's.
-PROBE int64_t probe_partial_floats(int what, int64_t N, int64_t H, int64_t W, int64_t C, int64_t K) {
-  const fastconv::ConvShape s{N, H, W, C, K};
-  return what == 0 ? fastconv::conv_wgrad_floats(s) : what == 1 ? fastconv::norm_bwd_floats(s) : residual_scale_slices(s.pixels(), C) * C;
-}
 PROBE int64_t probe_shared_memory_limit() { return shared_memory_limit(); }
+#include "cluster_probes.h"
 #include "mma_probes.h"

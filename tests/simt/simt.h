@@ -24,7 +24,7 @@ constexpr unsigned kWarp = 32;
 constexpr size_t kPayload = 32;  // bytes a lane may give to a collective
 
 // CUDA's error codes
-constexpr int kInvalidValue = 1, kInvalidConfiguration = 9, kLaunchFailure = 719;
+constexpr int kInvalidValue = 1, kInvalidConfiguration = 9, kLaunchFailure = 719, kInvalidClusterSize = 912;
 
 enum class Order : int { forward, reverse, random };
 
@@ -33,7 +33,8 @@ struct Config {
   unsigned seed = 0;     // of the random order
   unsigned workers = 1;  // OS threads
   int64_t shared_limit = 163 << 10;
-  uint64_t last_blocks = ~uint64_t{0};  // run only this many blocks, the last ones of the grid
+  unsigned cluster = 1;  // most blocks of one
+  uint64_t end_blocks = ~uint64_t{0} / 2;  // run only so many blocks (or clusters) at either end of the grid
   bool count = false;
 };
 extern Config config;
@@ -44,7 +45,7 @@ struct Coordinates {
 extern thread_local constinit Coordinates here __attribute__((tls_model("initial-exec")));
 
 // Runs body() in every thread of the grid; 0 or one of the codes above, with message() saying what went wrong.
-int launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& body);
+int launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& body, unsigned cluster = 1);
 const std::string& message();
 
 // --- for running threads
@@ -55,6 +56,7 @@ const std::string& message();
 unsigned lane();
 void sync_threads(Site site);
 void sync_warp(Site site);
+void sync_cluster(Site site);
 
 // A warp collective: all 32 lanes give up to kPayload bytes each, and read what others gave with peek.
 struct Lanes;
@@ -64,6 +66,9 @@ void count_instruction(bool mma);  // or ldmatrix: once a lane
 
 void* shared(size_t bytes, Site site);  // static: the k-th call of every thread gets the same memory
 void* dynamic_shared();
+
+// What p, in this block's shared memory, is in that of another block of the cluster.
+const void* of_block(const void* p, unsigned bytes, unsigned rank, Site site);
 
 enum class Space : uint8_t { global, shared };
 enum class Use : uint8_t { read, write };

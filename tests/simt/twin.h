@@ -31,6 +31,7 @@ using simt::Space;
 using simt::Use;
 
 inline void sync_threads(Site site = Site::current()) { simt::sync_threads(site); }
+inline void sync_cluster(Site site = Site::current()) { simt::sync_cluster(site); }
 inline void sync_warp(Site site = Site::current()) { simt::sync_warp(site); }
 
 inline uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector) {
@@ -57,6 +58,9 @@ inline uint32_t to_tf32(float v) {
   return std::isfinite(v) ? (bits + 0x1000) & ~0x1FFFu : bits;  // ties away from zero
 }
 inline float rsqrt(float v) { return 1 / std::sqrt(v); }
+inline float flushed(float v) { return std::abs(v) < 0x1p-126f ? std::copysign(0.0f, v) : v; }
+inline float exp2(float v) { return flushed(std::exp2(flushed(v))); }
+inline float reciprocal(float v) { return flushed(1 / flushed(v)); }
 
 template <class V> V load_word(Space space, const void* p, bool in, Site site) {
   simt::access(space, Use::read, p, sizeof(V), in, site);
@@ -79,6 +83,10 @@ template <class V, class T> void store_global(T* p, const V& v, bool in = true, 
 }
 template <class V, class T> void store_shared(T* p, const V& v, bool in = true, Site site = Site::current()) {
   store_word(Space::shared, p, v, in, site);
+}
+
+inline float load_cluster(const float* p, int rank, Site site = Site::current()) {
+  return *static_cast<const float*>(simt::of_block(p, sizeof *p, rank, site));
 }
 
 // Ordered, which on the GPU takes a thread_fence: TSan knows atomics, and no fences.
@@ -180,6 +188,11 @@ inline int64_t shared_memory_limit() { return simt::config.shared_limit; }
 template <class... P, class... A>
 int launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t, A&&... args) {
   return simt::launch(grid, block, shared_bytes, [&] { kernel(static_cast<P>(args)...); });
+}
+template <class... P> int clusters_that_fit(void (*)(P...), unsigned blocks, dim3, size_t) { return blocks <= simt::config.cluster; }
+template <class... P, class... A>
+int launch_clusters(void (*kernel)(P...), unsigned blocks, dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t, A&&... args) {
+  return simt::launch(grid, block, shared_bytes, [&] { kernel(static_cast<P>(args)...); }, blocks);
 }
 
 }  // namespace fastconv::cuda
