@@ -181,9 +181,10 @@ def test_every_form_agrees(make, memory_format):
     assert {s.backend for s in fastconv.report(model).fused} == {"cpu"}
 
 
-def test_a_whole_model_agrees():
+@pytest.mark.parametrize("name", ("timm:mobilenetv3_small_050", "mobilenetv3_small_100"))
+def test_a_whole_model_agrees(name):
     torch.manual_seed(0)
-    plain = timm.create_model("mobilenetv3_small_050", num_classes=5).eval()
+    plain = fastconv.create_model(name, fused=False, num_classes=5).eval()
     model = copy.deepcopy(plain)
     assert fused(model) == (9, set())
     x = torch.randn(2, 3, 64, 40)

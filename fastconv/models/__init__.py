@@ -117,7 +117,7 @@ _family(
 _family(
     "maxvit",
     "MaxViT",
-    ("gelu_linear",),
+    ("gelu_linear", "squeeze_excite"),
     maxvit_tiny_tf_224=(30.92, 5.55, 224),
     maxvit_small_tf_224=(68.93, 11.58, 224),
     maxvit_base_tf_224=(119.47, 23.90, 224),
@@ -127,7 +127,7 @@ _family(
 _family(
     "coatnet",
     "CoAtNet",
-    (),
+    ("squeeze_excite",),
     coatnet_0_224=(25.04, 4.55, 224),
     coatnet_1_224=(42.23, 8.64, 224),
     coatnet_2_224=(74.68, 16.43, 224),
@@ -189,7 +189,7 @@ _family(
 _family(
     "resnet",
     "SE-ResNet",
-    (),
+    ("squeeze_excite",),
     seresnet50=(28.09, 4.09, 224),
     seresnet101=(49.33, 7.81, 224),
     seresnet152=(66.82, 11.52, 224),
@@ -214,7 +214,7 @@ _family("nasnet", "NASNet-A", (), nasnet_a_mobile=(5.29, 0.564, 224), nasnetalar
 _family(
     "efficientnet",
     "EfficientNet",
-    (),
+    ("squeeze_excite",),
     efficientnet_b0=(5.29, 0.386, 224),
     efficientnet_b1=(7.79, 0.687, 240),
     efficientnet_b2=(9.11, 0.994, 260),
@@ -227,7 +227,7 @@ _family(
 _family(
     "efficientnet",
     "EfficientNetV2",
-    (),
+    ("squeeze_excite",),
     efficientnetv2_s=(21.46, 8.37, 384),
     efficientnetv2_m=(54.14, 24.58, 480),
     efficientnetv2_l=(118.52, 56.08, 480),
@@ -253,7 +253,7 @@ _family(
 _family(
     "regnet",
     "RegNetY",
-    (),
+    ("squeeze_excite",),
     regnety_002=(3.16, 0.2, 224),
     regnety_004=(4.34, 0.402, 224),
     regnety_006=(6.06, 0.601, 224),
@@ -269,12 +269,14 @@ _family(
 )
 _family("mobilenet", "MobileNet", (), mobilenetv1_100=(4.23, 0.569, 224))
 _family("mobilenet", "MobileNetV2", (), mobilenetv2_100=(3.50, 0.301, 224), mobilenetv2_140=(6.11, 0.582, 224))
-_family("mobilenet", "MobileNetV3", (), mobilenetv3_large_100=(5.48, 0.217, 224), mobilenetv3_small_100=(2.54, 0.0565, 224))
-_family("senet", "SENet", (), senet154=(115.09, 20.69, 224))
+_family(
+    "mobilenet", "MobileNetV3", ("squeeze_excite",), mobilenetv3_large_100=(5.48, 0.217, 224), mobilenetv3_small_100=(2.54, 0.0565, 224)
+)
+_family("senet", "SENet", ("squeeze_excite",), senet154=(115.09, 20.69, 224))
 _family(
     "resnet_rs",
     "ResNet-RS",
-    (),
+    ("squeeze_excite",),
     resnetrs50=(35.69, 2.28, 160),
     resnetrs101=(63.62, 6.01, 192),
     resnetrs152=(86.62, 15.53, 256),
@@ -298,7 +300,7 @@ _family("preact_resnet", "Wide ResNet", (), wide_resnet28_10=(36.48, 5.24, 32))
 _family(
     "nfnet",
     "NFNet",
-    (),
+    ("squeeze_excite",),
     nfnet_f0=(71.49, 12.38, 256),
     nfnet_f1=(132.63, 17.44, 224),
     nfnet_f2=(193.78, 33.14, 256),

@@ -63,7 +63,9 @@ class GateRule(Rule):
         return _read(module, self.inline), {OP: ("fused", "")}
 
 
+_BUNDLED = ("coatnet", "efficientnet", "maxvit", "mobilenet", "nfnet", "regnet", "resnet", "resnet_rs", "senet")
 RULES = (
+    *(GateRule(f"fastconv.models.{family}", ("SEModule", "SqueezeExcite")) for family in _BUNDLED),
     GateRule("timm.layers.squeeze_excite", ("SEModule", "EffectiveSEModule")),
     GateRule("timm.models._efficientnet_blocks", ("SqueezeExcite",)),
     GateRule("timm.models.senet", ("SEModule",)),
