@@ -3,19 +3,23 @@
 
 constexpr int64_t kMapChunk = 4096;  // elements converted at a time
 constexpr int64_t kPlaneRun = 1024;  // elements of a plane added up before they join its sum
-constexpr int64_t kRowsAtOnce = 4;
+constexpr int64_t kRepeats = 512;    // elements that the factors of few channels are repeated to
+constexpr int kRowsAtOnce = 16, kFewRows = 4;  // added up before they join the sums; the former where a chunk holds as many
 
-template <class A> FC_INLINE int64_t rows_of_chunk(int64_t C) { return C * kRowsAtOnce < kMapChunk ? kMapChunk / C / kRowsAtOnce * kRowsAtOnce : kRowsAtOnce; }
+template <class A> FC_INLINE int64_t rows_of_chunk(int64_t C) {
+  const int64_t rows = kMapChunk / C, unit = rows < kRowsAtOnce ? kFewRows : kRowsAtOnce;
+  return rows < kFewRows ? kFewRows : rows / unit * unit;
+}
 // Elements of a map converted at a time, and of the buffers for it: none where nothing is. Little scratch leaves the heap as it is.
 template <class A> FC_INLINE int64_t map_size(const MapParams& p) {
   const auto differs = [](const void* data, DType dtype) { return data && dtype_size(dtype) != sizeof(A); };
   if (!differs(p.x.data, p.x.dtype) && !differs(p.dy.data, p.dy.dtype) && !differs(p.out.data, p.out.dtype)) return 0;
   return p.channels_last ? rows_of_chunk<A>(p.C) * p.C : kPlanes * p.L < 2 * kMapChunk ? kPlanes * p.L : kMapChunk;
 }
-// Elements after which the vectors of rows of C channels repeat: whole vectors cross from row to row, and none a cache line.
+// Elements after which the factors of rows of C channels are read again: whole vectors cross from row to row, and none a cache line.
 template <class A> FC_INLINE int64_t period_of(int64_t C) {
   int64_t period = C;
-  while (period % kLanes<A>) period *= 2;
+  while (period % kLanes<A> || period < kRepeats) period *= 2;
   return period <= kMapChunk ? period : C;
 }
 template <class A> FC_INLINE int64_t repeats_size(const MapParams& p) {
@@ -33,8 +37,10 @@ template <class A, int kRows, bool kProduct> FC_INLINE void add_rows(const A* x,
       v[i] = load_lanes<A>(x + i * C + c, lanes);
       if (kProduct) v[i] *= load_lanes<A>(dy + i * C + c, lanes);
     }
-    if constexpr (kRows == 4) store_lanes<A>(sum + c, load_lanes<A>(sum + c, lanes) + ((v[0] + v[1]) + (v[2] + v[3])), lanes);
-    else store_lanes<A>(sum + c, load_lanes<A>(sum + c, lanes) + v[0], lanes);
+    FC_UNROLL for (int half = kRows / 2; half > 0; half /= 2) {
+      FC_UNROLL for (int i = 0; i < half; ++i) v[i] += v[i + half];
+    }
+    store_lanes<A>(sum + c, load_lanes<A>(sum + c, lanes) + v[0], lanes);
   };
   int64_t c = 0;
   for (; c + kLanes<A> <= C; c += kLanes<A>) step(c, kLanes<A>);
@@ -51,8 +57,11 @@ template <class A, bool kProduct> void sum_slice(const MapParams& p, int64_t sli
     const A* x = read(p.x, at, count * C, a);
     const A* dy = kProduct ? read(p.dy, at, count * C, b) : nullptr;
     int64_t i = 0;
-    for (; i + kRowsAtOnce <= count; i += kRowsAtOnce) add_rows<A, kRowsAtOnce, kProduct>(x + i * C, dy + (kProduct ? i * C : 0), sum, C);
-    for (; i < count; ++i) add_rows<A, 1, kProduct>(x + i * C, dy + (kProduct ? i * C : 0), sum, C);
+    const auto add = [&](auto rows) __attribute__((always_inline)) {
+      constexpr int kRows = decltype(rows)::value;
+      for (; i + kRows <= count; i += kRows) add_rows<A, kRows, kProduct>(x + i * C, dy + (kProduct ? i * C : 0), sum, C);
+    };
+    add(std::integral_constant<int, kRowsAtOnce>{}), add(std::integral_constant<int, kFewRows>{}), add(std::integral_constant<int, 1>{});
   }
 }
 
@@ -112,13 +121,16 @@ template <class A> void map_sum_as(const MapParams& p, char* scratch, int64_t be
 }
 
 // out = in factor + summand (or null) for `count` elements in a row, over which factor and summand repeat.
-template <class A, bool kAdd> FC_INLINE void apply_rows(const A* in, const A* factor, const A* summand, int64_t period, A* out, int64_t count) {
+template <class A, bool kAdd>
+FC_INLINE void apply_rows(const A* in, const A* factor, const A* summand, int64_t period, A* out, int64_t count, bool streamed) {
+  streamed = streamed && period % kLanes<A> == 0 && reinterpret_cast<uintptr_t>(out) % kVectorBytes == 0;
   for (int64_t i = 0; i < count; i += period, in += period, out += period) {
     const int64_t elements = count - i < period ? count - i : period;
     const auto step = [&](int64_t c, int64_t lanes) __attribute__((always_inline)) {
       Vec<A> v = load_lanes<A>(in + c, lanes) * load_lanes<A>(factor + c, lanes);
       if constexpr (kAdd) v += load_lanes<A>(summand + c, lanes);
-      store_lanes<A>(out + c, v, lanes);
+      if (streamed && lanes == kLanes<A>) store_streamed<A>(out + c, v);
+      else store_lanes<A>(out + c, v, lanes);
     };
     int64_t c = 0;
     for (; c + kLanes<A> <= elements; c += kLanes<A>) step(c, kLanes<A>);
@@ -126,17 +138,21 @@ template <class A, bool kAdd> FC_INLINE void apply_rows(const A* in, const A* fa
   }
 }
 
-// The same for a plane of one channel. No store but the first and the last crosses a cache line.
-template <class A, bool kAdd> FC_INLINE void apply_run(const A* in, A factor, A summand, A* out, int64_t count) {
-  const auto step = [&](int64_t i, int64_t lanes) __attribute__((always_inline)) {
-    const Vec<A> v = load_lanes<A>(in + i, lanes) * factor;
-    store_lanes<A>(out + i, kAdd ? v + summand : v, lanes);  // -0 stays -0
+// The same for a plane of one channel, in whole vectors: the first and the last overlap those between, which are aligned.
+template <class A, bool kAdd> FC_INLINE void apply_run(const A* in, A factor, A summand, A* out, int64_t count, bool streamed) {
+  const auto value = [&](int64_t i, int64_t lanes) __attribute__((always_inline)) {
+    Vec<A> v = load_lanes<A>(in + i, lanes) * factor;
+    if constexpr (kAdd) v += summand;  // without: -0 stays -0
+    return v;
   };
-  const int64_t before = -(reinterpret_cast<uintptr_t>(out) / sizeof(A)) % kLanes<A>;
-  int64_t i = before < count ? before : count;
-  if (i > 0) step(0, i);
-  for (; i + kLanes<A> <= count; i += kLanes<A>) step(i, kLanes<A>);
-  if (i < count) step(i, count - i);
+  if (count < kLanes<A>) return store_lanes<A>(out, value(0, count), count);
+  store_as(out, value(0, kLanes<A>));
+  int64_t i = kLanes<A> - static_cast<int64_t>(reinterpret_cast<uintptr_t>(out) / sizeof(A)) % kLanes<A>;
+  for (; i + kLanes<A> <= count; i += kLanes<A>) {
+    if (streamed) store_streamed<A>(out + i, value(i, kLanes<A>));
+    else store<A>(out + i, value(i, kLanes<A>));
+  }
+  if (i < count) store_as(out + count - kLanes<A>, value(count - kLanes<A>, kLanes<A>));
 }
 
 template <class A> FC_INLINE const A* repeated(const A* values, int64_t C, int64_t period, A* repeats) {
@@ -152,7 +168,7 @@ template <class A, bool kAdd> void apply_as(const MapParams& p, char* scratch, i
   A *a = carve<A>(scratch, size), *o = carve<A>(scratch, size), *factors = carve<A>(scratch, repeats_size<A>(p)), *summands = carve<A>(scratch, repeats_size<A>(p));
   const Array in = p.dy.data ? p.dy : p.x;
   const A *factor = static_cast<const A*>(p.factor), *summand = static_cast<const A*>(p.summand);
-  const bool direct = dtype_size(p.out.dtype) == sizeof(A);
+  const bool direct = dtype_size(p.out.dtype) == sizeof(A), streamed = direct && p.streamed;
   const auto target = [&](int64_t element) __attribute__((always_inline)) { return direct ? reinterpret_cast<A*>(at(p.out, element)) : o; };
   int64_t image = -1;
   for (int64_t task = end - 1; task >= begin; --task) {  // backwards: the cache holds what the sums read last
@@ -167,7 +183,7 @@ template <class A, bool kAdd> void apply_as(const MapParams& p, char* scratch, i
         const int64_t count = (row1 - row < step ? row1 - row : step) * C, element = (n * L + row) * C;
         const A* from = read(in, element, count, a);
         A* to = target(element);
-        apply_rows<A, kAdd>(from, f, s, period, to, count);
+        apply_rows<A, kAdd>(from, f, s, period, to, count, streamed);
         if (!direct) write(p.out, element, count, to);
       }
     } else {
@@ -177,11 +193,12 @@ template <class A, bool kAdd> void apply_as(const MapParams& p, char* scratch, i
           const int64_t count = L - i < kMapChunk ? L - i : kMapChunk, element = plane * L + i;
           const A* from = read(in, element, count, a);
           A* to = target(element);
-          apply_run<A, kAdd>(from, factor[plane], kAdd ? summand[plane] : A(0), to, count);
+          apply_run<A, kAdd>(from, factor[plane], kAdd ? summand[plane] : A(0), to, count, streamed);
           if (!direct) write(p.out, element, count, to);
         }
     }
   }
+  if (streamed) end_streams();
 }
 template <class A> void map_apply_as(const MapParams& p, char* scratch, int64_t begin, int64_t end) {
   p.summand ? apply_as<A, true>(p, scratch, begin, end) : apply_as<A, false>(p, scratch, begin, end);
