@@ -14,6 +14,7 @@ GRADIENTS = {
     "depthwise_conv_norm": ("x", "weight", "bias", "norm_weight", "norm_bias"),
     "gelu_linear": ("x", "weight", "bias"),
     "global_response_norm": ("x", "weight", "bias"),
+    "grouped_conv": ("x", "weight", "bias"),
     "residual_scale": ("shortcut", "y", "gamma"),
 }
 every_op = pytest.mark.parametrize("op", sorted(OPS))

@@ -23,6 +23,8 @@ namespace {
 
 #include "global_response_norm_kernel.h"
 
+#include "grouped_conv_kernel.h"
+
 // Picks the accumulation type.
 #define FC_SCRATCH(name, Params, dtype) \
   int64_t name(const Params& p) { return is_double(dtype) ? name##_as<double>(p) : name##_as<float>(p); }
@@ -43,6 +45,10 @@ FC_TASKS(gelu, GeluParams, p.x.dtype)
 FC_SCRATCH(grn_scratch, GrnParams, p.x.dtype)
 FC_TASKS(grn_sum, GrnParams, p.x.dtype)
 FC_TASKS(grn_apply, GrnParams, p.x.dtype)
+FC_SCRATCH(grouped_scratch, GroupedParams, p.in.dtype)
+FC_TASKS(grouped, GroupedParams, p.in.dtype)
+FC_SCRATCH(grouped_wgrad_scratch, GroupedParams, p.in.dtype)
+FC_TASKS(grouped_wgrad, GroupedParams, p.in.dtype)
 
 }  // namespace
 }  // namespace level_*
@@ -63,6 +69,10 @@ extern const Kernels FC_TABLE(FASTCONV_LEVEL) = {
     FC_NAMESPACE(FASTCONV_LEVEL)::grn_scratch,
     FC_NAMESPACE(FASTCONV_LEVEL)::grn_sum,
     FC_NAMESPACE(FASTCONV_LEVEL)::grn_apply,
+    FC_NAMESPACE(FASTCONV_LEVEL)::grouped_scratch,
+    FC_NAMESPACE(FASTCONV_LEVEL)::grouped,
+    FC_NAMESPACE(FASTCONV_LEVEL)::grouped_wgrad_scratch,
+    FC_NAMESPACE(FASTCONV_LEVEL)::grouped_wgrad,
 };
 
 }  // namespace fastconv::cpu

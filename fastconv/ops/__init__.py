@@ -5,6 +5,7 @@ from .depthwise_conv import DepthwiseConv, depthwise_conv
 from .depthwise_conv_norm import DepthwiseConvNorm, depthwise_conv_norm
 from .gelu_linear import GeluLinear, gelu_linear
 from .global_response_norm import GlobalResponseNorm, global_response_norm
+from .grouped_conv import GroupedConv, grouped_conv
 from .residual_scale import ResidualScale, residual_scale
 
 __all__ = [
@@ -13,12 +14,14 @@ __all__ = [
     "DepthwiseConvNorm",
     "GeluLinear",
     "GlobalResponseNorm",
+    "GroupedConv",
     "ResidualScale",
     "depthwise_conv",
     "depthwise_conv_norm",
     "disabled",
     "gelu_linear",
     "global_response_norm",
+    "grouped_conv",
     "is_disabled",
     "residual_scale",
     "select",

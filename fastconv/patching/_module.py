@@ -86,10 +86,14 @@ def make_sites(name: str, module: torch.nn.Module, sites: Iterable[tuple[str, st
 
 def choose(module: FastModule, op: str, reason: str, *tensors: torch.Tensor | None) -> bool:
     """Whether `op` runs fused in this call. Counts and warns where it does not, or raises under strict=True."""
-    plan = module._fastconv
-    if (op, "fused", "") not in plan.sites:
+    if (op, "fused", "") not in module._fastconv.sites:
         return False
-    choice = Choice("eager", reason) if reason else select(op, *tensors)
+    return settle(module, op, Choice("eager", reason) if reason else select(op, *tensors))
+
+
+def settle(module: FastModule, op: str, choice: Choice) -> bool:
+    """As `choose`, for a choice that is made already."""
+    plan = module._fastconv
     if not torch.compiler.is_compiling():  # a counter would recompile every call, a warning would break the graph
         record(sites_of(module)[op], choice)
     if plan.strict and choice.backend == "eager" and choice.reason not in ASKED_FOR:
