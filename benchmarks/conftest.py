@@ -81,8 +81,8 @@ def race(pytestconfig, benchmark, clock):
 
 @pytest.fixture
 def bench_op(pytestconfig, race, clock, bandwidth):
-    """bench_op(op, shape): gate, then race, one op at one stage of ConvNeXt-T."""
-    return lambda op, shape: race_op(op, shape, pytestconfig.getoption, race, clock, bandwidth)
+    """bench_op(op, shape, **case): gate, then race, one op at one stage of ConvNeXt-T."""
+    return lambda op, shape, **case: race_op(op, shape, pytestconfig.getoption, race, clock, bandwidth, **case)
 
 
 def _rows(case: str, results: list[Result], floors: dict[str, float], facts: dict) -> list[dict]:

@@ -18,17 +18,19 @@ NCHW = {
     "depthwise_conv_norm": ("x",),
     "gelu_linear": (),
     "global_response_norm": ("x", "dout"),
+    "grouped_conv": ("x", "dout"),
     "residual_scale": ("shortcut", "dout"),
     "squeeze_excite": ("x", "dout"),
 }
 
 
-def as_nchw(tensor: torch.Tensor) -> torch.Tensor:
+def _as_nchw(tensor: torch.Tensor) -> torch.Tensor:
     """The same logical NHWC tensor with the strides of NCHW."""
     return tensor.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
 
 
 def relaid(op: str, inputs: testing.Inputs) -> testing.Inputs:
+    as_nchw = torch.Tensor.contiguous if op == "grouped_conv" else _as_nchw
     tensors = {name: as_nchw(t) if name in NCHW[op] else t for name, t in inputs.tensors.items()}
     return inputs._replace(tensors=tensors, dout=as_nchw(inputs.dout) if "dout" in NCHW[op] else inputs.dout)
 
@@ -75,17 +77,19 @@ def floors(case: testing.Case, dtype: torch.dtype, bandwidth: float) -> dict[str
     size = dtype.itemsize
     if case.op == "gelu_linear":  # bound by its matrix products
         return {}
+    if case.op == "grouped_conv":  # as many channels out as in
+        return {name: 1e3 * count * torch.Size(case.shape).numel() * size / bandwidth for name, count in zip(PASSES, (2, 2, 3))}
     args = (*case.shape, case.K, size) if case.op.startswith("depthwise_conv") else (torch.Size(case.shape).numel(), size)
     forward, backward = getattr(_C, f"{case.op}_bytes"), getattr(_C, f"{case.op}_bwd_bytes")
     inference = getattr(_C, f"{case.op}_infer_bytes", forward)
     return {name: 1e3 * count(*args) / bandwidth for name, count in zip(PASSES, (inference, forward, backward))}
 
 
-def race_op(op: str, shape: tuple[int, int], option, race, clock: Clock, bandwidth: float) -> None:
+def race_op(op: str, shape: tuple[int, int], option, race, clock: Clock, bandwidth: float, **changed) -> None:
     size, C = shape
     batch = 2 if option("--smoke") else option("--batch-size") or (128 if clock.cuda else 8)
     dtype = torch.bfloat16 if clock.cuda else torch.float32
-    case = testing.Case(op, (batch, size, size, C), K=7, act="gelu" if op == "global_response_norm" else None)
+    case = testing.Case(op, (batch, size, size, C), **{"K": 7, "act": "gelu" if op == "global_response_norm" else None, **changed})
     inputs = testing.make_inputs(case, dtype, clock.device)
     ours, plain = getattr(ops, op), hub(op).reference
     fused = {"ours": ours} if option("--no-compile") else {"ours": ours, "ours + compile": compiled(ours)}

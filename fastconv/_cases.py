@@ -23,7 +23,16 @@ class Case(NamedTuple):
     act: str | None = None  # global_response_norm's and squeeze_excite's; of gelu_linear "gelu_tanh" for the approximation
     reduced: int = 6  # squeeze_excite: width between the layers
     options: tuple[tuple[str, str], ...] = ()  # squeeze_excite: further keyword arguments
+    width: int = 0  # grouped_conv: channels a group; 0 for C, or a third or a half of it
+    out: int = 0  # output channels; 0 for C
+    stride: int | tuple[int, int] = 1
+    padding: int | tuple[int, int] | None = None  # None for K // 2
     dtypes: tuple[torch.dtype, ...] = FLOAT_DTYPES
+
+    @property
+    def groups(self) -> int:
+        width = self.width or next((self.C // n for n in (3, 2) if self.C % n == 0), self.C)
+        return max(1, self.C // width)
 
     @property
     def C(self) -> int:
@@ -31,7 +40,11 @@ class Case(NamedTuple):
 
     def __str__(self) -> str:
         parts = ["x".join(map(str, self.shape))]
-        if self.op.startswith("depthwise_conv"):
+        if self.op == "grouped_conv":
+            parts += [f"k{self.K}", f"g{self.groups}"]
+            parts += [f"{name}{value}" for name, value in (("out", self.out), ("stride", self.stride)) if value not in (0, 1)]
+            parts += [f"padding{self.padding}"] if self.padding is not None else []
+        elif self.op.startswith("depthwise_conv"):
             parts.append(f"k{self.K}")
         elif self.op == "squeeze_excite":
             parts.append(f"r{self.reduced}")
@@ -200,11 +213,50 @@ def _squeeze_excite_cases() -> list[Case]:
     ]
 
 
+def _grouped_conv_cases() -> list[Case]:
+    op = "grouped_conv"
+    return [
+        Case(op, (2, 14, 15, 64), K=3, width=4),
+        Case(op, (2, 9, 7, 24), width=8),
+        Case(op, (2, 9, 15, 33), K=3, width=11),
+        Case(op, (1, 17, 33, 16), K=3, width=2),  # one past vectors of 16, 8 and 4 pixels
+        Case(op, (3, 14, 5, 18), K=3, width=6, stride=2),
+        Case(op, (2, 8, 9, 16), K=5, width=8, out=32),  # groups that grow
+        Case(op, (2, 8, 9, 36), K=5, width=12, out=15, stride=2),  # and shrink
+        Case(op, (2, 7, 6, 40), K=3, width=10, padding=0),
+        Case(op, (1, 5, 9, 24), K=3, width=12, padding=3),
+        Case(op, (2, 6, 5, 32), K=1, width=16),
+        Case(op, (2, 7, 5, 40), K=1, width=20, stride=2),
+        Case(op, (2, 5, 6, 48), K=3, width=24, stride=2, padding=0),
+        Case(op, (2, 7, 7, 64), K=3, width=32),
+        Case(op, (2, 6, 4, 80), K=3, width=40, stride=(1, 2), padding=(2, 0)),
+        Case(op, (2, 5, 6, 96), K=3, width=48),
+        Case(op, (1, 6, 5, 112), K=3, width=56, stride=2),
+        Case(op, (2, 4, 5, 128), K=3, width=64),
+        Case(op, (1, 5, 4, 160), K=3, width=80),
+        Case(op, (1, 5, 4, 192), K=1, width=96),
+        Case(op, (1, 3, 5, 224), K=3, width=112, stride=2),
+        Case(op, (1, 4, 4, 256), K=3, width=128),
+        Case(op, (3, 1, 1, 48), K=3, width=8),
+        Case(op, (2, 1, 23, 16), K=5, width=4),
+        Case(op, (2, 23, 2, 16), K=3, width=4, stride=2),
+        Case(op, (2, 4, 9, 12), K=3, width=1),
+        Case(op, (0, 8, 6, 16), K=3, width=4),
+        Case(op, (1, 67, 65, 16), K=3, width=8),  # several bands of rows
+        Case(op, (40, 3, 4, 8), K=3, width=4),  # more images than partial sums
+        Case(op, (1, 10, 12, 40), K=3, width=4, without=("bias",)),
+        Case(op, (2, 6, 9, 24), K=3, width=4, wide=("x", "weight")),  # autocast
+        Case(op, (2, 6, 9, 24), K=3, width=4, wide=("weight",)),
+        Case(op, (2, 6, 9, 24), K=5, width=6, wide=("x",), stride=2),
+    ]
+
+
 CASES: dict[str, list[Case]] = {
     "depthwise_conv": _conv_cases("depthwise_conv"),
     "depthwise_conv_norm": _conv_cases("depthwise_conv_norm"),
     "gelu_linear": _gelu_linear_cases(),
     "global_response_norm": _global_response_norm_cases(),
+    "grouped_conv": _grouped_conv_cases(),
     "residual_scale": _residual_scale_cases(),
     "squeeze_excite": _squeeze_excite_cases(),
 }

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from fastconv.ops import _registry
+from fastconv.ops import _grouped, _registry
 
 
 def pytest_addoption(parser):
@@ -36,5 +36,7 @@ def any_processor(monkeypatch):
     test_registry.py and test_patch_linear.py are about where torch's own kernels are chosen because they are faster.
     """
     monkeypatch.setattr("fastconv.ops._linear.PREFERS_CONVOLUTION", False)
+    monkeypatch.setattr(_grouped, "passes", lambda *args: _grouped.ALL)
+    monkeypatch.setattr(_grouped, "native_everywhere", lambda *args: "")
     for op in _registry.MIN_CPU_ELEMENTS:
         monkeypatch.setitem(_registry.MIN_CPU_ELEMENTS, op, 0)

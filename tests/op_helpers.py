@@ -14,6 +14,7 @@ GRADIENTS = {
     "depthwise_conv_norm": ("x", "weight", "bias", "norm_weight", "norm_bias"),
     "gelu_linear": ("x", "weight", "bias"),
     "global_response_norm": ("x", "weight", "bias"),
+    "grouped_conv": ("x", "weight", "bias"),
     "residual_scale": ("shortcut", "y", "gamma"),
     "squeeze_excite": ("x", "w1", "b1", "w2", "b2"),
 }

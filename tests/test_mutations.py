@@ -19,7 +19,8 @@ from fastconv.ops._registry import OPS
 from fastconv.testing import CASES, check_op
 
 CSRC = pathlib.Path(__file__).parent.parent / "csrc"
-GLUE = ("ops", "depthwise_conv", "depthwise_conv_norm", "gelu_linear", "global_response_norm", "residual_scale", "squeeze_excite")
+GLUE = ("ops", "depthwise_conv", "depthwise_conv_norm", "gelu_linear", "global_response_norm", "grouped_conv", "residual_scale")
+GLUE += ("squeeze_excite",)
 KERNELS = ("kernels_default",)
 COMPILER = os.environ.get("CXX", "c++").split()
 FLAGS = ["-O0", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno", "-Wno-psabi"]
@@ -34,6 +35,7 @@ extern const Kernels kernels_avx2{}, kernels_avx512{};
 """
 
 CONV, NORM, TAIL = "depthwise_conv_kernel.h", "layer_norm_kernel.h", "residual_scale_kernel.h"
+GROUPED = "grouped_conv_kernel.h"
 # name: file, the code, the bug, ops that must turn red
 MUTANTS = {
     "forward taps mirrored": (
@@ -77,6 +79,20 @@ MUTANTS = {
     "last band lost": ("global_response_norm.cpp", "band < p.bands; ++band", "band + 1 < p.bands; ++band", ("global_response_norm",)),
     "mean of the norms without gradient": ("global_response_norm.cpp", "* scale - through_mean;", "* scale;", ("global_response_norm",)),
     "density lost": ("activation_kernel.h", "cdf + x * density * 0.398942280f", "cdf", ("gelu_linear", "global_response_norm")),
+    "weights of the first group": (
+        "grouped_conv.cpp",
+        "((g * c.out_width + o) * c.in_width + i)",
+        "(o * c.in_width + i)",
+        ("grouped_conv",),
+    ),
+    "taps of dx a pixel off": (
+        "grouped_conv.cpp",
+        "(phase + padding - k) / stride",
+        "(phase + padding + 1 - k) / stride",
+        ("grouped_conv",),
+    ),
+    "phases of the stride mixed": (GROUPED, "h % p.stride_h * p.stride_w + w % p.stride_w", "w % p.stride_w", ("grouped_conv",)),
+    "dweight of the last band alone": (GROUPED, "store(sum, load(sum) + acc[r][t]);", "store(sum, acc[r][t]);", ("grouped_conv",)),
     "half stores truncate": ("vec.h", "(bits + 0x7FFF + ((bits >> 16) & 1)) >> 16", "bits >> 16", ("rounding",)),
 }
 GATE, LAYER = "squeeze_excite_kernel.h", "layer_kernel.h"
@@ -100,6 +116,7 @@ QUICK = (
     "a term of the norm lost",
     "partial sum lost",
     "density lost",
+    "weights of the first group",
 )
 
 # Loads the library given on the command line where `import fastconv` loads its own, and holds an op to its contract.

@@ -1,5 +1,6 @@
 """Ops in autograd: frozen inputs, no grad, second derivatives, torch.func, saved tensors, checkpoints."""
 
+import functools
 import itertools
 
 import pytest
@@ -49,7 +50,7 @@ def test_sum_and_unused_results(op):
     inputs = make_inputs(SMALL[op], torch.float32)
     leaves = {n: t.detach().requires_grad_(n not in inputs.constant) for n, t in inputs.tensors.items()}
     with use_backend("cpu"):
-        out = getattr(ops, op)(**leaves)
+        out = getattr(ops, op)(**leaves, **inputs.options)
         out.sum().backward()
         expected = on_cpu_kernels(op, inputs._replace(dout=torch.ones_like(out)))
         same_bits({f"d{n}": t.grad for n, t in leaves.items() if t.requires_grad}, expected, op)
@@ -68,14 +69,14 @@ def test_inference_saves_nothing_and_gives_the_bits_of_training(op, dtype):
         assert [r.numel() > 0 for r in call[2]] == [True] + [False] * (len(call[2]) - 1)
     parameters = {name: t.requires_grad_(name not in inputs.constant) for name, t in inputs.tensors.items()}
     with torch.no_grad(), use_backend("cpu"):
-        assert getattr(ops, op)(**parameters).grad_fn is None
+        assert getattr(ops, op)(**parameters, **inputs.options).grad_fn is None
 
 
 @every_op
 def test_second_derivatives(op):
     inputs = make_inputs(SMALL[op]._replace(shape=(2, 3, 4, 3), K=3), torch.float64)
     leaves = {n: t.requires_grad_(n not in inputs.constant) for n, t in inputs.tensors.items()}
-    function = getattr(ops, op)
+    function = functools.partial(getattr(ops, op), **inputs.options)
     wanted = [t for t in leaves.values() if t.requires_grad]
     with use_backend("cpu"):
         plain = torch.autograd.grad(function(**leaves).square().sum(), wanted)
@@ -99,7 +100,7 @@ def test_torch_func_runs_the_reference(op):
     inputs = make_inputs(SMALL[op], torch.float64)
     tensors = inputs.tensors
     first = next(iter(tensors))
-    function = getattr(ops, op)
+    function = functools.partial(getattr(ops, op), **inputs.options)
 
     def loss(tensor):
         assert ops.select(op, tensor, *tensors.values()).reason == "a torch.func transform is active"
@@ -108,7 +109,7 @@ def test_torch_func_runs_the_reference(op):
     torch.testing.assert_close(torch.func.grad(loss)(tensors[first]), truth_of(op, inputs)[f"d{first}"])
     stacked = torch.stack([tensors[first], tensors[first] + 1])
     mapped = torch.func.vmap(lambda t: function(**{**tensors, first: t}))(stacked)
-    torch.testing.assert_close(mapped[1], hub(op).reference(**{**tensors, first: stacked[1]}))
+    torch.testing.assert_close(mapped[1], hub(op).reference(**{**tensors, first: stacked[1]}, **inputs.options))
 
 
 @every_op
@@ -131,7 +132,7 @@ def test_checkpoint(op, reentrant):
     inputs = make_inputs(SMALL[op], torch.float32)
 
     def checkpointed(**tensors):
-        return checkpoint(getattr(ops, op), *tensors.values(), use_reentrant=reentrant)
+        return checkpoint(functools.partial(getattr(ops, op), **inputs.options), *tensors.values(), use_reentrant=reentrant)
 
     plain = on_cpu_kernels(op, inputs)
     leaves = {n: t.detach().requires_grad_(n not in inputs.constant) for n, t in inputs.tensors.items()}
@@ -146,7 +147,7 @@ def test_changing_a_saved_tensor_in_place_is_noticed(op):
     leaves = {n: t.requires_grad_(n not in inputs.constant) for n, t in inputs.tensors.items()}
     changed = {"residual_scale": "y", "squeeze_excite": "w2"}.get(op, "weight")
     with use_backend("cpu"):
-        out = getattr(ops, op)(**leaves)
+        out = getattr(ops, op)(**leaves, **inputs.options)
     with torch.no_grad():
         leaves[changed].add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):

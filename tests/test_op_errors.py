@@ -24,6 +24,9 @@ def arguments(op, **changed):
         tensors = dict(list(tensors.items())[:3])
     elif op == "global_response_norm":
         tensors = {"x": (2, 5, 4, C), "weight": (C,), "bias": (C,)}
+    elif op == "grouped_conv":
+        tensors = {"x": (2, C, 3, 4), "weight": (4, 3, 3, 3), "bias": (4,)}
+        changed = {"groups": 2, "padding": 1} | changed
     elif op == "gelu_linear":
         tensors = {"x": (2, 5, 4, C), "weight": (3, C), "bias": (3,)}
     made = {name: torch.zeros(changed.pop(name) if isinstance(changed.get(name), tuple) else shape) for name, shape in tensors.items()}
@@ -85,6 +88,33 @@ WRONG = [
         ({"x": f64}, TypeError, ("float64 cannot be mixed", "float32")),
         ({"out_dtype": f64}, TypeError, ("float64 cannot be mixed", "float32")),
         ({"out_dtype": torch.int32}, TypeError, ("out_dtype must be one of", "int32")),
+        ({"weight": "meta"}, ValueError, ("weight must be on the device", "cpu", "meta", ".to('cpu')")),
+        ({"bias": "meta"}, ValueError, ("bias must be on the device", "meta")),
+    )),
+    *(("grouped_conv", *row) for row in (
+        ({"x": (6, 3, 4)}, ValueError, ("x must be (N, C, H, W)", "(6, 3, 4)", "x[None]")),
+        ({"x": (2, 3, 4, 6)}, ValueError, ("groups must divide", "C=3", "2")),
+        ({"x": (2, 8, 3, 4)}, ValueError, ("weight must be (C_out, C / groups, K, K)", "C=8", "groups=2", "(4, 3, 3, 3)", "permute")),
+        ({"weight": (3, 3, 3, 3), "bias": (3,)}, ValueError, ("weight must be", "divides C_out", "(3, 3, 3, 3)")),
+        ({"weight": (4, 3, 3)}, ValueError, ("weight must be", "(4, 3, 3)")),
+        ({"weight": (4, 3, 2, 2)}, ValueError, ("weight must have a square kernel", "2 x 2", "conv2d")),
+        ({"weight": (4, 3, 9, 9)}, ValueError, ("1, 3, 5 or 7", "9 x 9", "conv2d")),
+        ({"weight": (4, 3, 3, 5)}, ValueError, ("square", "3 x 5")),
+        ({"bias": (6,)}, ValueError, ("bias must be (C_out,)", "C_out=4", "(6,)")),
+        ({"groups": 0}, ValueError, ("groups must divide", "0")),
+        ({"groups": 2.0}, ValueError, ("groups must divide", "2.0")),
+        ({"stride": 0}, ValueError, ("stride must be", "at least 1", "0")),
+        ({"stride": (1, 2, 3)}, ValueError, ("stride must be", "two", "(1, 2, 3)")),
+        ({"padding": -1}, ValueError, ("padding must be", "at least 0", "-1")),
+        ({"padding": "same"}, ValueError, ("padding must be", "'same'")),
+        ({"padding": 0, "x": (2, 6, 2, 4)}, ValueError, ("x must hold the kernel of 3 x 3", "2 x 4", "pad")),
+        ({"x": (2, 6, 0, 4)}, ValueError, ("x must hold the kernel", "0 x 4")),
+        ({"x": torch.int64}, TypeError, ("x must be one of", "int64")),
+        ({"weight": torch.int8}, TypeError, ("weight must be one of", "int8")),
+        ({"bias": torch.int8}, TypeError, ("bias must be one of", "int8")),
+        ({"x": half}, TypeError, ("weight must have the dtype of x", "bfloat16", "float32", "compute_dtype=")),
+        ({"bias": half}, TypeError, ("bias must have the dtype of weight", "bfloat16")),
+        ({"compute_dtype": f64}, TypeError, ("float64 cannot be mixed", "float32")),
         ({"weight": "meta"}, ValueError, ("weight must be on the device", "cpu", "meta", ".to('cpu')")),
         ({"bias": "meta"}, ValueError, ("bias must be on the device", "meta")),
     )),
@@ -165,7 +195,8 @@ def test_wrong_arguments(op, changed, error, words, backend):
 def test_right_arguments_are_accepted(op):
     """The table above starts from a call that works."""
     given = arguments(op)
-    assert getattr(ops, op)(**given).shape[:-1] == next(iter(given.values())).shape[:-1]
+    expected = (2, 4, 3) if op == "grouped_conv" else next(iter(given.values())).shape[:-1]
+    assert getattr(ops, op)(**given).shape[:-1] == expected
 
 
 def raw_calls(op):

@@ -26,8 +26,10 @@ CHOSEN = [
     ("global_response_norm", 384, 7, "bfloat16"),
     ("gelu_linear", 96, 7, "float16"),
     ("squeeze_excite", 96, 7, "bfloat16"),
+    ("grouped_conv", 192, 3, "bfloat16"),
 ]
 VARIANTS = [("depthwise_conv_norm", C, K, dtype) for C in SIZES for K in (3, 5, 7, 9) for dtype in ("float32", "bfloat16", "float16")]
+VARIANTS += [("grouped_conv", C, K, dtype) for C in SIZES for K in (1, 3) for dtype in ("float32", "bfloat16", "float16")]
 VARIANTS += [
     (op, C, 7, dtype)
     for op in ("residual_scale", "global_response_norm", "gelu_linear", "squeeze_excite")
@@ -45,6 +47,7 @@ def launches(op: str, C: int, K: int, dtype: str) -> list:
         depthwise_conv_norm,
         gelu_linear,
         global_response_norm,
+        grouped_conv,
         residual_scale,
         squeeze_excite,
     )
@@ -70,6 +73,11 @@ def launches(op: str, C: int, K: int, dtype: str) -> list:
     elif op == "global_response_norm":
         y, norm = global_response_norm.fwd(x.flatten(1, 2), vector, vector, 1e-6, 1, dtype, True)
         global_response_norm.bwd(y, x.flatten(1, 2), vector, norm, 1e-6, 1, True, True)
+    elif op == "grouped_conv":
+        width = {70: 10, 96: 16, 192: 32, 384: 64, 768: 128}[C]
+        weight, geometry = torch.empty(C, width, K, K, dtype=dtype, device="meta"), (1, 1, K // 2, K // 2, C // width, True)
+        y = grouped_conv.fwd(x, weight, vector, *geometry, dtype)
+        grouped_conv.bwd(y, x, weight, *geometry, True, True)
     elif op == "gelu_linear":
         gelu_linear.bwd(gelu_linear.fwd(x.flatten(), False, dtype), x.flatten(), False, True)
         gelu_linear.bwd(gelu_linear.fwd(x.flatten(), True, dtype), x.flatten(), True, True)
@@ -140,7 +148,7 @@ def test_no_kernel_spills(variant):
         expected |= {"depthwise_conv_fwd_kernel", "depthwise_conv_wgrad_kernel"}
     elif variant[0] == "global_response_norm":
         expected |= {f"{variant[0]}_{part}_kernel" for part in ("sum", "fwd_sums", "bwd_sums")}
-    elif variant[0] == "gelu_linear":
+    elif variant[0] in ("gelu_linear", "grouped_conv"):
         expected.remove("reduce_kernel")
     assert kernels == expected
     for found in compiled:

@@ -81,6 +81,14 @@ def install() -> None:
 
         return apply_impl
 
+    @_wrap(InterpreterBuilder, "create_dot")
+    def _(original):
+        def create_dot(self, a, b, *args):
+            """Products of halves are exact in float32, in which a GPU adds them up too."""
+            return original(self, *(self.cast_impl(t, tl.float32) if t.dtype.scalar == tl.bfloat16 else t for t in (a, b)), *args)
+
+        return create_dot
+
     @_wrap(InterpreterBuilder, "create_masked_load")
     def _(original):
         def create_masked_load(self, pointers, mask, other, *args):

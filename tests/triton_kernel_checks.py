@@ -21,6 +21,7 @@ from fastconv.triton_kernels import (
     depthwise_conv_norm,
     gelu_linear,
     global_response_norm,
+    grouped_conv,
     residual_scale,
     squeeze_excite,
 )
@@ -36,7 +37,7 @@ triton_interpreter_fixes.install()
 torch.set_num_threads(1)
 
 KERNELS = pathlib.Path(fastconv.triton_kernels.__file__).parent
-MODULES = (_common, depthwise_conv, depthwise_conv_norm, gelu_linear, global_response_norm, residual_scale, squeeze_excite)
+MODULES = (_common, depthwise_conv, depthwise_conv_norm, gelu_linear, global_response_norm, grouped_conv, residual_scale, squeeze_excite)
 CONV = ("depthwise_conv", "depthwise_conv_norm")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 every_op = pytest.mark.parametrize("op", sorted(OPS))
@@ -45,6 +46,9 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 def is_cheap(case: Case) -> bool:
     """Whether the interpreter, whose time goes by tiles and taps, takes about a second or less."""
+    if case.op == "grouped_conv":
+        N, H, W, _ = case.shape
+        return N * -(-H * W // 64) * case.groups * case.K**2 < 150 and case.C < 100
     if case.op not in CONV:
         return case.shape != (1, 128, 128, 3)
     N, H, W, C = case.shape
@@ -172,16 +176,18 @@ meets_padding = pytest.mark.xfail(raises=AssertionError, strict=True, reason="0 
     ("value", "border", "dtype"), ((float("inf"), True, torch.bfloat16), (float("nan"), False, torch.float32)), ids=("inf", "nan")
 )
 def test_nan_and_inf_stay_where_the_formula_puts_them(op, name, value, border, dtype):
-    """On a map smaller than the taps and the tile."""
-    check_not_finite(small(op, 2, 3, 2, 20, K=5), dtype, "triton", name, value, border)
+    """On a map smaller than the tile, and but for grouped_conv than the taps."""
+    case = small(op, 2, 4, 5, 12) if op == "grouped_conv" else small(op, 2, 3, 2, 20, K=5)
+    check_not_finite(case, dtype, "triton", name, value, border)
 
 
 @every_op
 def test_offsets_past_2_31(op, monkeypatch):
     """Only the last program of each kernel runs, on lazily allocated tensors: it writes the last values, and nothing stray."""
-    shape, rows = (1, 4100, 4100, 128), 8
+    shape, rows, grouped = (1, 4100, 4100, 128), 8, op == "grouped_conv"
     assert np.prod(shape) > 2**31
-    corner = make_inputs(small(op, 1, rows, 12, 128, without=("bias", "mask") if op in (*CONV, "residual_scale") else ()), torch.bfloat16)
+    without = ("bias", "mask") if op in (*CONV, "residual_scale") else ()
+    corner = make_inputs(small(op, 1, rows, 12, 128, without=without, K=1 if grouped else 3), torch.bfloat16)
     launched = []
 
     def launch_last(kernel, programs, x, *args, **config):
@@ -201,7 +207,8 @@ def test_offsets_past_2_31(op, monkeypatch):
         if tensor is None or tensor.shape != corner.dout.shape:
             return tensor
         big = torch.from_numpy(np.zeros(shape, np.int16)).view(torch.bfloat16)
-        big[:, -rows:, -12:] = tensor
+        big = big.movedim(-1, 1) if grouped else big
+        (big.movedim(1, -1) if grouped else big)[:, -rows:, -12:] = tensor.movedim(1, -1) if grouped else tensor
         return big
 
     if op == "global_response_norm":  # the sums are 1
@@ -238,15 +245,17 @@ def test_offsets_past_2_31(op, monkeypatch):
         if name in got and op in ("gelu_linear", "global_response_norm", "squeeze_excite"):
             torch.testing.assert_close(got[name][0, -1, -1, -32:], expected[name][0, -1, -1, -32:], rtol=0.01, atol=0.01)
         elif name in got and op != "depthwise_conv_norm":
-            assert torch.equal(got[name][0, -1, -1, -32:], expected[name][0, -1, -1, -32:]), name
+            last = (0, slice(-32, None), -1, -1) if grouped else (0, -1, -1, slice(-32, None))
+            assert torch.equal(got[name][last], expected[name][last]), name
 
 
 # Slices of several tiles each: see rows_per_slice.
-FEW = {"depthwise_conv": 10, "depthwise_conv_norm": 3, "gelu_linear": 1, "global_response_norm": 4, "residual_scale": 2}
+FEW = {"depthwise_conv": 10, "depthwise_conv_norm": 3, "gelu_linear": 1, "global_response_norm": 4, "grouped_conv": 12, "residual_scale": 2}
 FEW["squeeze_excite"] = 6
 MUTATED = {op: small(op, 2, 9 if op in CONV else 90, 5, 4) for op in OPS}
 MUTATED["squeeze_excite"] = small("squeeze_excite", 2, 300, 5, 4)
 MUTATED["global_response_norm"] = small("global_response_norm", 2, 90, 10, 4, act="gelu")
+MUTATED["grouped_conv"] = small("grouped_conv", 2, 9, 9, 4, width=2)
 MUTANTS = [
     ("depthwise_conv", "depthwise_conv", "tap = (kh + i) * K + kw", "tap = (kh + i) * K + K - 1 - kw", "out"),
     ("depthwise_conv", "depthwise_conv", "tap = K * K - 1 - tap", "tap = tap", "dx"),
@@ -269,6 +278,16 @@ MUTANTS = [
     ("residual_scale", "residual_scale", "first + (row - first * L).to(tl.int32) // L", "first + (row * 0).to(tl.int32)", "out"),
     ("residual_scale", "residual_scale", "dgamma += grad", "dgamma = grad", "dgamma"),
     ("residual_scale", "_common", "(s0 + s < S)", "(s0 + s < S - 1)", "dgamma"),
+    ("grouped_conv", "grouped_conv", "(kh - TAP_H) // STEP_H", "kh // STEP_H + 1", "dx"),
+    (
+        "grouped_conv",
+        "grouped_conv",
+        "inside = mask_m & (h >= 0) & (h < H) & (w >= 0) & (w < W)",
+        "inside = mask_m & (h >= 0) & (h < H)",
+        "",
+    ),
+    ("grouped_conv", "grouped_conv", "(group * in_width + i).to", "(group * 0 + i).to", "dweight"),
+    ("grouped_conv", "grouped_conv", "dbias += tl.sum", "dbias = tl.sum", "dbias"),
     ("gelu_linear", "_activation", "+ x * tl.exp(-0.5 * x * x) * 0.3989422804014327", "", "dx"),
     ("gelu_linear", "gelu_linear", "y + i, activate(value, ACT).to", "y + i, value.to", ""),
     ("global_response_norm", "global_response_norm", "product += a * a", "product = a * a", "out"),

@@ -125,6 +125,32 @@ struct FoldParams {
   Function function;
 };
 
+// One pass of a grouped convolution over activations (N, C, H, W), or (N, H, W, C) where nhwc:
+//   out[row * step + first] = bias + sum over the group's in_width channels and the taps of packed * in[row * stride + tap - pad]
+// for rows x cols output pixels, in bands of band_rows rows. Forward has steps of 1; dx is one pass a phase of the stride, over dy.
+struct GroupedParams {
+  static constexpr int64_t kMaxTaps = 49;
+  static constexpr int64_t kMaxBlock = 6;
+  int64_t N, groups, in_width, out_width;  // channels a group
+  int64_t H, W, out_H, out_W;              // of the arrays
+  bool nhwc;
+  int64_t rows, cols;
+  int64_t step_h, step_w, first_h, first_w;
+  int64_t stride_h, stride_w, pad_h, pad_w;
+  int64_t taps, tap_h[kMaxTaps], tap_w[kMaxTaps];
+  int64_t block;                           // output channels computed together
+  int64_t together;                        // groups staged at a time
+  int64_t band_rows, bands;
+  Array in;
+  const void* packed;                      // [group][block of outputs][in_width][taps][block] in the accumulation type
+  const void* bias;                        // [groups * out_width] in the accumulation type, or null
+  MutableArray out;
+  // dweight, from dy, whose sizes are those of `out`
+  Array dy;
+  int64_t slices;                          // runs of consecutive bands
+  void* partial;                           // [slices][groups * out_width][in_width * taps + 1]: dweight, dbias
+};
+
 struct Kernels {
   const char* name;
   int64_t vector_bytes;
@@ -150,6 +176,10 @@ struct Kernels {
   void (*layer_forward)(const LayerParams&, int64_t begin, int64_t end);           // a task is kLayerBlock rows of the weight
   void (*layer_backward)(const LayerParams&, int64_t begin, int64_t end);          // a task is kLayerBlock columns
   void (*layer_weight)(const LayerParams&, int64_t begin, int64_t end);            // a task is kLayerBlock rows
+  int64_t (*grouped_scratch)(const GroupedParams&);
+  void (*grouped)(const GroupedParams&, void* scratch, int64_t begin, int64_t end);        // a task is (band of an image) * blocks of groups + block
+  int64_t (*grouped_wgrad_scratch)(const GroupedParams&);
+  void (*grouped_wgrad)(const GroupedParams&, void* scratch, int64_t begin, int64_t end);  // a task is slice * blocks of groups + block
 };
 
 const Kernels& kernels();

@@ -28,6 +28,8 @@ namespace {
 
 #include "squeeze_excite_kernel.h"
 
+#include "grouped_conv_kernel.h"
+
 // Picks the accumulation type.
 #define FC_SCRATCH(name, Params, dtype) \
   int64_t name(const Params& p) { return is_double(dtype) ? name##_as<double>(p) : name##_as<float>(p); }
@@ -60,6 +62,10 @@ FC_SMALL_TASKS(fold, FoldParams)
 FC_SMALL_TASKS(layer_forward, LayerParams)
 FC_SMALL_TASKS(layer_backward, LayerParams)
 FC_SMALL_TASKS(layer_weight, LayerParams)
+FC_SCRATCH(grouped_scratch, GroupedParams, p.in.dtype)
+FC_TASKS(grouped, GroupedParams, p.in.dtype)
+FC_SCRATCH(grouped_wgrad_scratch, GroupedParams, p.in.dtype)
+FC_TASKS(grouped_wgrad, GroupedParams, p.in.dtype)
 
 }  // namespace
 }  // namespace level_*
@@ -87,6 +93,10 @@ extern const Kernels FC_TABLE(FASTCONV_LEVEL) = {
     FC_NAMESPACE(FASTCONV_LEVEL)::layer_forward,
     FC_NAMESPACE(FASTCONV_LEVEL)::layer_backward,
     FC_NAMESPACE(FASTCONV_LEVEL)::layer_weight,
+    FC_NAMESPACE(FASTCONV_LEVEL)::grouped_scratch,
+    FC_NAMESPACE(FASTCONV_LEVEL)::grouped,
+    FC_NAMESPACE(FASTCONV_LEVEL)::grouped_wgrad_scratch,
+    FC_NAMESPACE(FASTCONV_LEVEL)::grouped_wgrad,
 };
 
 }  // namespace fastconv::cpu

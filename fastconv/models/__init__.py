@@ -34,6 +34,8 @@ def _family(module: str, family: str, ops: tuple[str, ...], **models: tuple[floa
 
 
 _CONVNEXT = ("depthwise_conv_norm", "residual_scale", "gelu_linear")
+_GATED, _GROUPED = ("squeeze_excite",), ("grouped_conv",)
+_GROUPED_GATED = _GATED + _GROUPED
 _UNSCALED = ("depthwise_conv_norm", "gelu_linear")  # without layer scale a block's tail is a plain sum
 _family(
     "convnext",
@@ -127,7 +129,7 @@ _family(
 _family(
     "coatnet",
     "CoAtNet",
-    ("squeeze_excite",),
+    _GATED,
     coatnet_0_224=(25.04, 4.55, 224),
     coatnet_1_224=(42.23, 8.64, 224),
     coatnet_2_224=(74.68, 16.43, 224),
@@ -156,7 +158,7 @@ _family(
     densenet201=(20.01, 4.29, 224),
 )
 _family("inception", "Inception v3", (), inception_v3=(23.83, 5.71, 299))
-_family("shufflenet", "ShuffleNet", (), shufflenet_v1_x1_0=(1.86, 0.137, 224))
+_family("shufflenet", "ShuffleNet", _GROUPED, shufflenet_v1_x1_0=(1.86, 0.137, 224))
 _family(
     "shufflenet",
     "ShuffleNet V2",
@@ -180,7 +182,7 @@ _family("resnet", "Wide ResNet", (), wide_resnet50_2=(68.88, 11.40, 224), wide_r
 _family(
     "resnet",
     "ResNeXt",
-    (),
+    _GROUPED,
     resnext50_32x4d=(25.03, 4.23, 224),
     resnext101_32x4d=(44.18, 7.97, 224),
     resnext101_32x8d=(88.79, 16.41, 224),
@@ -189,24 +191,24 @@ _family(
 _family(
     "resnet",
     "SE-ResNet",
-    ("squeeze_excite",),
+    _GATED,
     seresnet50=(28.09, 4.09, 224),
     seresnet101=(49.33, 7.81, 224),
     seresnet152=(66.82, 11.52, 224),
-    seresnext50_32x4d=(27.56, 4.23, 224),
 )
+_family("resnet", "SE-ResNet", _GROUPED_GATED, seresnext50_32x4d=(27.56, 4.23, 224))
 _family("zfnet", "ZFNet", (), zfnet=(62.36, 1.17, 224), zfnet_wide=(107.63, 2.48, 224))
 _family("nin", "NiN", (), nin_cifar=(0.967, 0.222, 32), nin_imagenet=(7.6, 1.1, 224))
 _family(
     "resnest",
     "ResNeSt",
-    (),
+    _GROUPED,
     resnest50d=(27.48, 5.37, 224),
     resnest101e=(48.28, 13.32, 256),
     resnest200e=(70.2, 35.52, 320),
     resnest269e=(110.93, 77.35, 416),
 )
-_family("sknet", "SKNet", (), skresnext50_32x4d=(27.48, 4.46, 224))
+_family("sknet", "SKNet", _GROUPED, skresnext50_32x4d=(27.48, 4.46, 224))
 _family("inception_v4", "Inception v4", (), inception_v4=(42.68, 12.25, 299))
 _family("inception_resnet", "Inception-ResNet v2", (), inception_resnet_v2=(55.84, 13.16, 299))
 _family("fractalnet", "FractalNet", (), fractalnet20=(33.72, 0.845, 32))
@@ -214,7 +216,7 @@ _family("nasnet", "NASNet-A", (), nasnet_a_mobile=(5.29, 0.564, 224), nasnetalar
 _family(
     "efficientnet",
     "EfficientNet",
-    ("squeeze_excite",),
+    _GATED,
     efficientnet_b0=(5.29, 0.386, 224),
     efficientnet_b1=(7.79, 0.687, 240),
     efficientnet_b2=(9.11, 0.994, 260),
@@ -227,7 +229,7 @@ _family(
 _family(
     "efficientnet",
     "EfficientNetV2",
-    ("squeeze_excite",),
+    _GATED,
     efficientnetv2_s=(21.46, 8.37, 384),
     efficientnetv2_m=(54.14, 24.58, 480),
     efficientnetv2_l=(118.52, 56.08, 480),
@@ -236,7 +238,7 @@ _family(
 _family(
     "regnet",
     "RegNetX",
-    (),
+    _GROUPED,
     regnetx_002=(2.68, 0.199, 224),
     regnetx_004=(5.16, 0.398, 224),
     regnetx_006=(6.2, 0.601, 224),
@@ -248,12 +250,12 @@ _family(
     regnetx_080=(39.57, 8.0, 224),
     regnetx_120=(46.11, 12.09, 224),
     regnetx_160=(54.28, 15.94, 224),
-    regnetx_320=(107.81, 31.74, 224),
 )
+_family("regnet", "RegNetX", (), regnetx_320=(107.81, 31.74, 224))  # 168 channels a group
 _family(
     "regnet",
     "RegNetY",
-    ("squeeze_excite",),
+    _GROUPED_GATED,
     regnety_002=(3.16, 0.2, 224),
     regnety_004=(4.34, 0.402, 224),
     regnety_006=(6.06, 0.601, 224),
@@ -265,18 +267,16 @@ _family(
     regnety_080=(39.18, 7.96, 224),
     regnety_120=(51.82, 12.09, 224),
     regnety_160=(83.59, 15.91, 224),
-    regnety_320=(145.05, 32.28, 224),
 )
+_family("regnet", "RegNetY", _GATED, regnety_320=(145.05, 32.28, 224))  # 232 channels a group
 _family("mobilenet", "MobileNet", (), mobilenetv1_100=(4.23, 0.569, 224))
 _family("mobilenet", "MobileNetV2", (), mobilenetv2_100=(3.50, 0.301, 224), mobilenetv2_140=(6.11, 0.582, 224))
-_family(
-    "mobilenet", "MobileNetV3", ("squeeze_excite",), mobilenetv3_large_100=(5.48, 0.217, 224), mobilenetv3_small_100=(2.54, 0.0565, 224)
-)
-_family("senet", "SENet", ("squeeze_excite",), senet154=(115.09, 20.69, 224))
+_family("mobilenet", "MobileNetV3", _GATED, mobilenetv3_large_100=(5.48, 0.217, 224), mobilenetv3_small_100=(2.54, 0.0565, 224))
+_family("senet", "SENet", _GROUPED_GATED, senet154=(115.09, 20.69, 224))
 _family(
     "resnet_rs",
     "ResNet-RS",
-    ("squeeze_excite",),
+    _GATED,
     resnetrs50=(35.69, 2.28, 160),
     resnetrs101=(63.62, 6.01, 192),
     resnetrs152=(86.62, 15.53, 256),
@@ -285,7 +285,8 @@ _family(
     resnetrs350=(163.96, 43.49, 288),
     resnetrs420=(191.89, 63.94, 320),
 )
-_family("alexnet", "AlexNet", (), alexnet_two_groups=(60.97, 0.724, 227), alexnet=(61.10, 0.714, 224))
+_family("alexnet", "AlexNet", _GROUPED, alexnet_two_groups=(60.97, 0.724, 227))
+_family("alexnet", "AlexNet", (), alexnet=(61.10, 0.714, 224))
 _family(
     "preact_resnet",
     "ResNet V2",
@@ -300,7 +301,7 @@ _family("preact_resnet", "Wide ResNet", (), wide_resnet28_10=(36.48, 5.24, 32))
 _family(
     "nfnet",
     "NFNet",
-    ("squeeze_excite",),
+    _GROUPED_GATED,
     nfnet_f0=(71.49, 12.38, 256),
     nfnet_f1=(132.63, 17.44, 224),
     nfnet_f2=(193.78, 33.14, 256),

@@ -5,6 +5,7 @@ from .depthwise_conv import DepthwiseConv, depthwise_conv
 from .depthwise_conv_norm import DepthwiseConvNorm, depthwise_conv_norm
 from .gelu_linear import GeluLinear, gelu_linear
 from .global_response_norm import GlobalResponseNorm, global_response_norm
+from .grouped_conv import GroupedConv, grouped_conv
 from .residual_scale import ResidualScale, residual_scale
 from .squeeze_excite import SqueezeExcite, squeeze_excite
 
@@ -14,6 +15,7 @@ __all__ = [
     "DepthwiseConvNorm",
     "GeluLinear",
     "GlobalResponseNorm",
+    "GroupedConv",
     "ResidualScale",
     "SqueezeExcite",
     "depthwise_conv",
@@ -21,6 +23,7 @@ __all__ = [
     "disabled",
     "gelu_linear",
     "global_response_norm",
+    "grouped_conv",
     "is_disabled",
     "residual_scale",
     "select",

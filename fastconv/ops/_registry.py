@@ -165,5 +165,10 @@ def disabled() -> Iterator[None]:
         _state["disabled"] = before
 
 
+def is_forced() -> bool:
+    """Whether `use_backend` or FASTCONV_BACKEND names a backend."""
+    return _state["forced"] is not None
+
+
 def is_disabled() -> bool:
     return _state["disabled"]

@@ -91,10 +91,16 @@ def choose(module: FastModule, op: str, reason: str, *tensors: torch.Tensor | No
 
 def backend_of(module: FastModule, op: str, reason: str, *tensors: torch.Tensor | None) -> str:
     """As `choose`: what runs, "eager" for the original code, "native" where that is the faster one."""
-    plan = module._fastconv
-    if (op, "fused", "") not in plan.sites:
+    if (op, "fused", "") not in module._fastconv.sites:
         return "eager"
     choice = Choice("eager", reason) if reason else select(op, *tensors)
+    settle(module, op, choice)
+    return choice.backend
+
+
+def settle(module: FastModule, op: str, choice: Choice) -> bool:
+    """As `choose`, for a choice that is made already."""
+    plan = module._fastconv
     if not torch.compiler.is_compiling():  # a counter would recompile every call, a warning would break the graph
         record(sites_of(module)[op], choice)
     if plan.strict and choice.backend == "eager" and choice.reason not in ASKED_FOR:

@@ -86,6 +86,8 @@ def real_case(op: str, batch: int, size: int, C: int) -> Case:
     """A call of a stage of ConvNeXt with C channels: the hidden layer of its blocks, after the GELU, has four times as many."""
     if op == "global_response_norm":
         return Case(op, (batch, size, size, 4 * C), act="gelu")
+    if op == "grouped_conv":
+        return Case(op, (batch, size, size, C), K=3, width=16)
     return Case(op, (batch, size, size, C))
 
 
