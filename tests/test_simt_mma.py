@@ -258,7 +258,7 @@ def test_the_cost_model_has_these_counters(stage, tiles):
 
 MMA, KERNEL, BACKWARD = "cuda/conv_mma.cuh", "cuda/depthwise_conv_mma_kernel.cu", "cuda/depthwise_conv_mma_bwd_kernel.cu"
 STORED = "sync_threads();\n    g.wide ? store_centre<T, true>(p.y"
-STAGED = "stage_window<K, 2>(p.x, s, g, at, c0, planes);\n    sync_threads();"
+STAGED = "stage_window<T, K, kMmaRows, 2>(p.x, s, g, at, c0, planes);\n    sync_threads();"
 EXACT, MANY = "integers:2x9x23x20x7", "integers:17x1x150x5x7,2x17x60x20x5"  # MANY: several tiles to a block, backward
 
 

@@ -7,6 +7,7 @@
 
 namespace fastconv::cuda {
 
+// R: rows of a strip. A block of several groups of kMmaThreads threads has each group work on channels of its own.
 constexpr int kMmaWarps = kMmaThreads / kWarp, kMmaOwn = kMmaChannels / kMmaWarps;  // channels of a warp
 
 // Sizes of a launch that its blocks share.
@@ -41,25 +42,27 @@ FC_DEVICE Strip strip_of(const ConvMmaTiles& t, int m) {
   const bool used = m < t.strips();
   return {used ? (t.down ? quotient : rest) : 0, used ? (t.down ? rest : quotient) : 0, used};
 }
+FC_DEVICE int mma_thread() { return static_cast<int>(threadIdx.x) % kMmaThreads; }
+
 // Unit of a plane that the strip's windows begin with. A strip that is not used reads what the first one does.
-FC_DEVICE int window_unit(const ConvMmaTiles& t, const MmaPlace& at, const Strip& strip) {
+template <int R> FC_DEVICE int window_unit(const ConvMmaTiles& t, const MmaPlace& at, const Strip& strip) {
   const int column = at.column + strip.slab, band = column / t.across;
-  return band * (t.stride - t.across) + strip.slab + strip.number * kMmaRows * t.pitch;
+  return band * (t.stride - t.across) + strip.slab + strip.number * R * t.pitch;
 }
 // Its first output: image after the tile's first, row, column.
 struct StripPlace {
   int image, h, w;
 };
-FC_DEVICE StripPlace strip_place(const ConvMmaTiles& t, const MmaPlace& at, const Strip& strip) {
+template <int R> FC_DEVICE StripPlace strip_place(const ConvMmaTiles& t, const MmaPlace& at, const Strip& strip) {
   const int column = at.column + strip.slab, further = column / t.across;
   int image = 0, band = at.band + further;
   for (; band >= t.bands; band -= t.bands) ++image;
-  return {image, (band * t.tall + strip.number) * kMmaRows, (column - further * t.across) * kMmaColumns};
+  return {image, (band * t.tall + strip.number) * R, (column - further * t.across) * kMmaColumns};
 }
 // Where the windows of each strip begin, in bytes of a plane: of the tile that is being staged, for all lanes to look up.
-FC_DEVICE void stage_windows(const ConvMmaTiles& t, const MmaPlace& at, int* windows) {
-  const int m = threadIdx.x;
-  if (m < kMmaStrips) store_shared(windows + m, window_unit(t, at, strip_of(t, m)) * 16);
+template <int R> FC_DEVICE void stage_windows(const ConvMmaTiles& t, const MmaPlace& at, int* windows) {
+  const int m = mma_thread();
+  if (m < kMmaStrips) store_shared(windows + m, window_unit<R>(t, at, strip_of(t, m)) * 16);
 }
 // Element of a pixel's first channel, in an array of whole maps.
 FC_DEVICE int64_t element_of(const ConvShape& s, const MmaGrid& g, const MmaPlace& at, int image, int h, int w) {
@@ -120,6 +123,9 @@ template <class T, bool kWide> FC_DEVICE void store_eight(float* p, int channels
     for (int i = 0; i < 8; ++i) store_global(p + i, values[i], in && i < channels);
   }
 }
+// Of a map in either type.
+template <class T, bool kWide> FC_DEVICE Eight load_pixel(const uint16_t* p, int channels, bool in) { return load_eight<kWide>(p, channels, in); }
+template <class T, bool kWide> FC_DEVICE Eight load_pixel(const float* p, int channels, bool in) { return load_eight<T, kWide>(p, channels, in); }
 FC_DEVICE int channels_left(const ConvShape& s, int64_t c) { return s.C - c < 8 ? static_cast<int>(s.C - c) : 8; }
 // Words of two pixels with two channels each to words of two channels with two pixels each, and back.
 FC_DEVICE uint32_t lows(uint32_t a, uint32_t b) { return byte_permute(a, b, 0x5410); }
@@ -143,10 +149,10 @@ FC_DEVICE void load_pair(const unsigned char* from, int plane, Eight& left, Eigh
 
 // A tile with its halo into planes, zeros outside of the maps. A thread has one pair of columns, of every so many rows; lanes of
 // a warp fill 16 words of a plane side by side. kBatch: loads of a thread in flight, of two pixels each.
-template <int K, int kBatch, bool kWide>
+template <class T, class Source, int K, int R, int kBatch, bool kWide>
 FC_DEVICE void stage_window(const Array& a, const ConvShape& s, const MmaGrid& g, const MmaPlace& at, int64_t c0, unsigned char* planes) {
   const ConvMmaTiles& t = g.tiles;
-  const int half = threadIdx.x % 2, pair = threadIdx.x / 2 % 4, plane = t.plane * 16, first = threadIdx.x / 8;
+  const int half = mma_thread() % 2, pair = mma_thread() / 2 % 4, plane = t.plane * 16, first = mma_thread() / 8;
   const int step = kMmaThreads / 8 / t.pitch, unit = first % t.pitch, channels = channels_left(s, c0 + 8 * half);
   const bool ends = t.stacked == 1 && at.column + t.slabs > t.across;  // the run of slabs goes on in the next band
   const bool next = ends && at.column + unit > t.across;
@@ -154,7 +160,7 @@ FC_DEVICE void stage_window(const Array& a, const ConvShape& s, const MmaGrid& g
   const int w = (at.column + unit - (next ? t.across + 1 : 0)) * kMmaColumns + 2 * pair - K / 2;
   const bool wanted = unit < units - 1 || (unit == units - 1 && pair < K / 2);
   const bool left_in = wanted && w >= 0 && w < g.W, right_in = wanted && w + 1 >= 0 && w + 1 < g.W;
-  const uint16_t* const from = static_cast<const uint16_t*>(a.data) + at.n * g.H * g.row + w * s.C + c0 + 8 * half;
+  const Source* const from = static_cast<const Source*>(a.data) + at.n * g.H * g.row + w * s.C + c0 + 8 * half;
   unsigned char* const to = planes + plane_byte(8 * half, plane) + 16 * unit + 4 * pair;
   int block = 0, row = first / t.pitch, image = at.band + next == t.bands, band = image ? 0 : at.band + next;
   const int end = row < step ? t.stacked : 0;  // threads that are left over stage nothing
@@ -167,11 +173,11 @@ FC_DEVICE void stage_window(const Array& a, const ConvShape& s, const MmaGrid& g
         ++block;
         if (++band == t.bands) band = 0, ++image;
       }
-      const int h = band * t.tall * kMmaRows + row - K / 2;
+      const int h = band * t.tall * R + row - K / 2;
       const bool in = block < end && image < at.images && h >= 0 && h < g.H;
-      const uint16_t* const p = from + static_cast<int64_t>(image * g.H + h) * g.row;
-      left[i] = load_eight<kWide>(p, channels, in && left_in);
-      right[i] = load_eight<kWide>(p + s.C, channels, in && right_in);
+      const Source* const p = from + static_cast<int64_t>(image * g.H + h) * g.row;
+      left[i] = load_pixel<T, kWide>(p, channels, in && left_in);
+      right[i] = load_pixel<T, kWide>(p + s.C, channels, in && right_in);
       byte[i] = block < end ? (block * t.stride + row * t.pitch) * 16 : -1;
       row += step;
     }
@@ -179,36 +185,36 @@ FC_DEVICE void stage_window(const Array& a, const ConvShape& s, const MmaGrid& g
     for (int i = 0; i < kBatch; ++i) store_pair(to + byte[i], plane, left[i], right[i], byte[i] >= 0);
   }
 }
-template <int K, int kBatch>
+template <class T, int K, int R, int kBatch>
 FC_DEVICE void stage_window(const Array& a, const ConvShape& s, const MmaGrid& g, const MmaPlace& at, int64_t c0, unsigned char* planes) {
-  if (g.wide) stage_window<K, kBatch, true>(a, s, g, at, c0, planes);
-  else stage_window<K, kBatch, false>(a, s, g, at, c0, planes);
+  if (g.wide) stage_window<T, uint16_t, K, R, kBatch, true>(a, s, g, at, c0, planes);
+  else stage_window<T, uint16_t, K, R, kBatch, false>(a, s, g, at, c0, planes);
 }
 
 // The strips alone, between an NHWC array and planes that hold [strip][row][column]: a warp moves four rows of a strip at a time.
 // `move` gets the element of the first of two pixels and its byte in the planes, whether there is such a row and such a strip, the
 // channels there are, and whether each of the pixels lies on the map. Strips that are not used are zeros to wgrad, and no outputs.
-template <class Move>
+template <int R, class Move>
 FC_DEVICE void for_centre(const ConvShape& s, const MmaGrid& g, const MmaPlace& at, int64_t c0, int plane, Move move) {
-  const int lane = threadIdx.x % kWarp, half = lane % 2, pair = lane / 2 % 4, channels = channels_left(s, c0 + 8 * half);
+  const int lane = mma_thread() % kWarp, half = lane % 2, pair = lane / 2 % 4, channels = channels_left(s, c0 + 8 * half);
 #pragma unroll 1
-  for (int m = threadIdx.x / kWarp; m < kMmaStrips; m += kMmaWarps) {
+  for (int m = mma_thread() / kWarp; m < kMmaStrips; m += kMmaWarps) {
     const Strip strip = strip_of(g.tiles, m);
-    const StripPlace place = strip_place(g.tiles, at, strip);
+    const StripPlace place = strip_place<R>(g.tiles, at, strip);
     const int w = place.w + 2 * pair;
     const int64_t element = element_of(s, g, at, place.image, place.h, w) + c0 + 8 * half;
 #pragma unroll
     for (int row = lane / 8; row < 8; row += 4) {
-      const bool in = strip.used && row < kMmaRows && place.image < at.images && place.h + row < g.H;
-      const int byte = plane_byte(8 * half, plane) + (m * kMmaRows + row) * 16 + 4 * pair;
-      move(element + row * g.row, byte, row < kMmaRows, strip.used, channels, in && w < g.W, in && w + 1 < g.W);
+      const bool in = strip.used && row < R && place.image < at.images && place.h + row < g.H;
+      const int byte = plane_byte(8 * half, plane) + (m * R + row) * 16 + 4 * pair;
+      move(element + row * g.row, byte, row < R, strip.used, channels, in && w < g.W, in && w + 1 < g.W);
     }
   }
 }
 template <class T, bool kWide>
 FC_DEVICE void stage_centre(const Array& a, const ConvShape& s, const MmaGrid& g, const MmaPlace& at, int64_t c0, unsigned char* planes) {
   const bool rounded = a.dtype == DType::kFloat;
-  for_centre(s, g, at, c0, kMmaCentre, [&](int64_t element, int byte, bool row, bool, int channels, bool left_in, bool right_in) {
+  for_centre<kMmaRows>(s, g, at, c0, kMmaCentre, [&](int64_t element, int byte, bool row, bool, int channels, bool left_in, bool right_in) {
     Eight left, right;
     if (rounded) {
       const float* const from = static_cast<const float*>(a.data) + element;
@@ -226,7 +232,7 @@ template <class T, bool kWide>
 FC_DEVICE void store_centre(const MutableArray& a, const ConvShape& s, const MmaGrid& g, const MmaPlace& at, int64_t c0,
                             const unsigned char* planes) {
   const int plane = g.tiles.plane * 16;
-  for_centre(s, g, at, c0, plane, [&](int64_t element, int byte, bool row, bool used, int channels, bool left_in, bool right_in) {
+  for_centre<kMmaRows>(s, g, at, c0, plane, [&](int64_t element, int byte, bool row, bool used, int channels, bool left_in, bool right_in) {
     Eight left, right;
     load_pair(planes + byte, plane, left, right, row && used);
     if (a.dtype == DType::kFloat) {
@@ -249,9 +255,9 @@ FC_DEVICE void store_centre(const MutableArray& a, const ConvShape& s, const Mma
 // With a barrier inside, and none after.
 template <class T, int K> FC_DEVICE void stage_pairs(const Array& weight, int64_t C, int64_t c0, bool flip, uint32_t* pairs) {
   static_assert(kMmaChannels * kMmaPairs % 4 == 0);
-  for (int i = threadIdx.x; i < kMmaChannels * K * kMmaPairs / 4; i += blockDim.x) store_shared(pairs + 4 * i, Vec<uint32_t, 4>{});
+  for (int i = mma_thread(); i < kMmaChannels * K * kMmaPairs / 4; i += kMmaThreads) store_shared(pairs + 4 * i, Vec<uint32_t, 4>{});
   sync_threads();
-  for (int i = threadIdx.x; i < kMmaChannels * K * K; i += blockDim.x) {
+  for (int i = mma_thread(); i < kMmaChannels * K * K; i += kMmaThreads) {
     const int c = i / (K * K), tap = i - c * (K * K), at = flip ? K * K - 1 - tap : tap, kh = at / K, kw = at - kh * K;
     const T w = from_float<T>(load_array<1>(weight, c0 * K * K + i, c0 + c < C)[0]);
     uint16_t* const low = reinterpret_cast<uint16_t*>(pairs + (c * K + kh) * kMmaPairs + kw + 7);
@@ -274,15 +280,15 @@ template <int K> FC_DEVICE void load_bands(const uint32_t* pairs, int c, uint32_
 
 // acc[o] = sum over kh of the windows of row o + kh times band kh: a fragment of windows, loaded once, meets every band. Row o
 // of strips g and g + 8 (g = lane / 4), columns 2 (lane % 4) and the next. `window`: what this lane gives to ldmatrix.
-template <class T, int K>
-FC_DEVICE void conv_strips(const unsigned char* window, int pitch, const uint32_t (&band)[K][2], float (&acc)[kMmaRows][4]) {
+template <class T, int K, int R>
+FC_DEVICE void conv_strips(const unsigned char* window, int pitch, const uint32_t (&band)[K][2], float (&acc)[R][4]) {
 #pragma unroll
-  for (int row = 0; row < kMmaRows + K - 1; ++row) {
+  for (int row = 0; row < R + K - 1; ++row) {
     uint32_t a[4];
     ldmatrix(a, window + row * pitch);
 #pragma unroll
     for (int kh = 0; kh < K; ++kh)
-      if (row >= kh && row < kh + kMmaRows) mma_m16n8k16<T>(acc[row - kh], a, band[kh]);
+      if (row >= kh && row < kh + R) mma_m16n8k16<T>(acc[row - kh], a, band[kh]);
   }
 }
 
@@ -297,23 +303,23 @@ template <int N> FC_DEVICE bool finite(const float (&acc)[N][4]) {
 
 // The zeros of a band make NaN of an Inf that only other outputs of its strip should see, and zeros outside of the map make NaN
 // of a weight that is Inf. So where any sum of a warp is not finite, it is formed again, tap by tap.
-template <class T, int K>
+template <class T, int K, int R>
 FC_DEVICE void conv_exactly(const ConvShape& s, const ConvMmaTiles& t, const MmaPlace& at, const unsigned char* plane, const Array& weight,
-                            int64_t c, bool flip, float (&acc)[kMmaRows][4]) {
+                            int64_t c, bool flip, float (&acc)[R][4]) {
   const int lane = threadIdx.x % kWarp;
 #pragma unroll
   for (int upper = 0; upper < 2; ++upper) {
     const Strip strip = strip_of(t, lane / 4 + 8 * upper);
-    const StripPlace place = strip_place(t, at, strip);
-    const unsigned char* const window = plane + window_unit(t, at, strip) * 16 + lane % 4 * 4;
+    const StripPlace place = strip_place<R>(t, at, strip);
+    const unsigned char* const window = plane + window_unit<R>(t, at, strip) * 16 + lane % 4 * 4;
 #pragma unroll
-    for (int o = 0; o < kMmaRows; ++o) acc[o][2 * upper] = acc[o][2 * upper + 1] = 0;
+    for (int o = 0; o < R; ++o) acc[o][2 * upper] = acc[o][2 * upper + 1] = 0;
 #pragma unroll 1
     for (int tap = 0; tap < K * K; ++tap) {
       const int kh = tap / K, kw = tap - kh * K;
       const float w = to_float(from_float<T>(load_array<1>(weight, c * K * K + (flip ? K * K - 1 - tap : tap), c < s.C)[0]));
 #pragma unroll
-      for (int o = 0; o < kMmaRows; ++o)
+      for (int o = 0; o < R; ++o)
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const int h = place.h + o + kh - K / 2, x = place.w + lane % 4 * 2 + i + kw - K / 2;
@@ -326,27 +332,27 @@ FC_DEVICE void conv_exactly(const ConvShape& s, const ConvMmaTiles& t, const Mma
 }
 
 // Outputs into a plane, from its first byte on: [strip][row][column]. The warp has read what lay there.
-template <class T>
-FC_DEVICE void write_strips(const ConvMmaTiles& t, unsigned char* plane, const float (&acc)[kMmaRows][4], float bias) {
+template <class T, int R>
+FC_DEVICE void write_strips(const ConvMmaTiles& t, unsigned char* plane, const float (&acc)[R][4], float bias) {
   const int lane = threadIdx.x % kWarp, m = lane / 4;
-  unsigned char* const to = plane + m * kMmaRows * 16 + lane % 4 * 4;
+  unsigned char* const to = plane + m * R * 16 + lane % 4 * 4;
 #pragma unroll
-  for (int o = 0; o < kMmaRows; ++o) {
+  for (int o = 0; o < R; ++o) {
     store_shared(to + o * 16, from_floats<T>(acc[o][0] + bias, acc[o][1] + bias), m < t.strips());
-    store_shared(to + (8 * kMmaRows + o) * 16, from_floats<T>(acc[o][2] + bias, acc[o][3] + bias), m + 8 < t.strips());
+    store_shared(to + (8 * R + o) * 16, from_floats<T>(acc[o][2] + bias, acc[o][3] + bias), m + 8 < t.strips());
   }
 }
 
 // One channel of a tile: windows in its plane to outputs in the same plane.
-template <class T, int K>
+template <class T, int K, int R>
 FC_DEVICE void conv_plane(const ConvShape& s, const ConvMmaTiles& t, const MmaPlace& at, const int* windows, unsigned char* plane,
                           const uint32_t (&band)[K][2], const Array& weight, int64_t c, bool flip, float bias) {
   const int lane = threadIdx.x % kWarp;
-  float acc[kMmaRows][4] = {};
-  conv_strips<T, K>(plane + load_shared<int>(windows + lane % 16) + lane / 16 * 16, t.pitch * 16, band, acc);
-  if (warp_any(!finite(acc))) conv_exactly<T, K>(s, t, at, plane, weight, c, flip, acc);
+  float acc[R][4] = {};
+  conv_strips<T, K, R>(plane + load_shared<int>(windows + lane % 16) + lane / 16 * 16, t.pitch * 16, band, acc);
+  if (warp_any(!finite(acc))) conv_exactly<T, K, R>(s, t, at, plane, weight, c, flip, acc);
   sync_warp();  // every lane has read the plane
-  write_strips<T>(t, plane, acc, bias);
+  write_strips<T, R>(t, plane, acc, bias);
 }
 
 inline MmaGrid mma_grid(const ConvShape& s, const ConvMmaTiles& t, int64_t slices, bool wide) {

@@ -6,7 +6,8 @@
 
 namespace fastconv::cuda {
 
-// A strip is kMmaRows x kMmaColumns outputs of one channel; sixteen of one channel are the M of an mma. `tall` strips on top
+// A strip is `height` (kMmaRows, but where the norm is joined) x kMmaColumns outputs of one channel; sixteen of one channel are the M of
+// an mma. `tall` strips on top
 // of each other are a slab, and slabs are counted through the batch: along W, then down the map, then from image to image.
 constexpr int kMmaStrips = 16, kMmaRows = 7, kMmaColumns = 8;
 constexpr int kMmaChannels = 16;  // of a block: 32 bytes of a pixel, whole sectors
@@ -17,7 +18,7 @@ constexpr int kMmaThreads = 256;
 // reach eight columns further. Maps wider than a tile: one run of slabs, which may end in one band and go on in the next,
 // `stride` = across + 1 units further along the same rows. Others: `stacked` whole bands, `stride` units apart.
 struct ConvMmaTiles {
-  int tall, slabs, across;
+  int height, tall, slabs, across;
   int bands;    // of slabs in a map
   int stacked;
   int rows;     // of a slab with its halo
@@ -32,7 +33,7 @@ struct ConvMmaTiles {
 // Unit that the window of strip m begins with, in a tile that starts with the first slab of a band.
 constexpr int mma_strip_unit(const ConvMmaTiles& t, int m) {
   const int slab = t.down ? m / t.tall : m % t.slabs, strip = t.down ? m % t.tall : m / t.slabs;
-  return slab / t.across * t.stride + slab % t.across + strip * kMmaRows * t.pitch;
+  return slab / t.across * t.stride + slab % t.across + strip * t.height * t.pitch;
 }
 
 // Passes of the two halves of an ldmatrix, of eight strips each: as many as strips meet in one of the eight units of 16 bytes
@@ -47,13 +48,13 @@ constexpr int mma_passes(const ConvMmaTiles& t) {
   return sum;
 }
 
-constexpr ConvMmaTiles conv_mma_tiles(const ConvShape& s) {
+constexpr ConvMmaTiles conv_mma_tiles(const ConvShape& s, int height = kMmaRows) {
   if (s.pixels() == 0) return {};
   const int halo = static_cast<int>(2 * s.pad());
-  const int64_t strips = ceil_div(s.H, kMmaRows);
+  const int64_t strips = ceil_div(s.H, height);
   // As tall as stages the fewest rows.
   int tall = 1;
-  const auto staged = [&](int t) { return ceil_div(strips, t) * (t * kMmaRows + halo); };
+  const auto staged = [&](int t) { return ceil_div(strips, t) * (t * height + halo); };
   for (int t = 2; t <= 4; ++t)
     if (staged(t) <= staged(tall)) tall = t;
   ConvMmaTiles best{};
@@ -61,7 +62,7 @@ constexpr ConvMmaTiles conv_mma_tiles(const ConvShape& s) {
   const int most = kMmaStrips / tall;
   const bool narrow = across <= most;
   const int stacked = narrow ? static_cast<int>(std::min<int64_t>(most / across, s.N * bands)) : 1;
-  const int slabs = narrow ? stacked * across : most, rows = tall * kMmaRows + halo;
+  const int slabs = narrow ? stacked * across : most, rows = tall * height + halo;
   const int units = narrow ? across + 1 : most + 1 + (across % most != 0);
   // The first layout without bank conflicts, from small to large, or else with the fewest.
   int fewest = 0;
@@ -69,7 +70,7 @@ constexpr ConvMmaTiles conv_mma_tiles(const ConvShape& s) {
     for (int gap = 0; gap < (stacked > 1 ? 8 : 1); ++gap)
       for (const bool down : {true, false}) {
         const int stride = narrow ? rows * pitch + gap : across + 1;
-        const ConvMmaTiles t{tall,  slabs, across, bands, stacked, rows, pitch, stride, stacked > 1 ? stacked * stride : rows * pitch,
+        const ConvMmaTiles t{height, tall, slabs, across, bands, stacked, rows, pitch, stride, stacked > 1 ? stacked * stride : rows * pitch,
                              down,  ceil_div(s.N * bands * across, slabs)};
         const int passes = mma_passes(t);
         if (fewest == 0 || passes < fewest) fewest = passes, best = t;
@@ -104,9 +105,38 @@ constexpr int64_t conv_mma_shared(const ConvMmaTiles& t, int64_t K, bool centre)
 constexpr bool conv_mma_pays(const ConvShape& s, const ConvMmaTiles& t) {
   // Rows, their elements and slabs are counted in 32 bits.
   if (std::max(s.H, s.W) >= 1 << 24 || s.W * s.C >= 1 << 30 || (t.count + 1) * t.slabs >= int64_t{1} << 31) return false;
-  const int64_t slots = t.count * kMmaStrips * kMmaRows * kMmaColumns;
+  const int64_t slots = t.count * kMmaStrips * t.height * kMmaColumns;
   return s.K == 7 ? 3 * s.pixels() >= slots : s.K == 5 ? 5 * s.pixels() >= 3 * slots : false;
 }
+// Forward with the norm in one launch (depthwise_conv_norm_mma_kernel.cu): a block owns all channels of a tile of low strips, so
+// that sixteen of them fit shared memory, and takes `groups` runs of kMmaChannels channels at a time. Only where a
+// multiprocessor holds 512 threads: fewer do not hide the latency of memory. By counters, as the table above.
+constexpr int kMmaJoinedRows = 3, kMmaJoinedTaps = 7;
+constexpr int kMmaPlaces = 4 * kMmaStrips * 4;  // bytes: where each strip lies
+constexpr int kMmaHeader = 512;                 // windows and places
+struct JoinedMmaPlan {
+  ConvMmaTiles tiles;  // count 0: nothing fits or pays
+  int groups;
+  int64_t group, z, z_pitch, shared;  // bytes: of a group's weights and planes; before z; of a pixel of z; in all
+};
+constexpr JoinedMmaPlan conv_norm_mma_plan(const ConvShape& s, const Gpu& gpu) {
+  constexpr int64_t kReserved = 1 << 10, kResident = 512;  // bytes of each block, for the system; threads
+  if (s.pixels() == 0 || s.C % 8 != 0 || s.C > kJoinedChannels || s.K != kMmaJoinedTaps) return {};
+  const ConvMmaTiles t = conv_mma_tiles(s, kMmaJoinedRows);
+  const int64_t runs = t.stacked > 1 || t.slabs % t.across == 0 ? 1 : ceil_div(t.across, t.slabs);
+  const int64_t reads = (s.H + (t.bands - 1) * (s.K - 1)) * (s.W + (runs - 1) * (s.K - 1));
+  if (!conv_mma_pays(s, t) || 5 * reads > 11 * s.H * s.W || 2 * t.count < gpu.multiprocessors) return {};
+  const int64_t group = round_up(kMmaChannels * s.K * kMmaPairs * 4 + mma_plane_bytes(t.plane * 16), 128);
+  const int64_t z_pitch = round_up(s.C * 2, 64), chunks = ceil_div(s.C, kMmaChannels);
+  for (const int groups : {1, 2}) {
+    const int64_t z = kMmaHeader + groups * group, shared = z + kMmaStrips * kMmaJoinedRows * kMmaColumns * z_pitch;
+    if (shared > gpu.shared || groups > chunks) break;
+    const int64_t blocks = (gpu.shared + kReserved) / (shared + kReserved);
+    if (blocks * groups * kMmaThreads >= kResident) return {t, groups, group, z, z_pitch, shared};
+  }
+  return {};
+}
+
 constexpr bool conv_mma_serves(int64_t K, DType staged, DType other, DType weight) {
   return (K == 5 || K == 7) && staged != DType::kFloat && other == staged && (weight == staged || weight == DType::kFloat);
 }

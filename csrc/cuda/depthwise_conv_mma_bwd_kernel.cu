@@ -107,7 +107,7 @@ FC_DEVICE float sum_exactly(const ConvBackwardParams& p, const MmaGrid& g, int64
 #pragma unroll 1
     for (int i = 0; i < t.strips() * kMmaRows * kMmaColumns; ++i) {
       const int m = i / (kMmaRows * kMmaColumns), inside = i - m * (kMmaRows * kMmaColumns);
-      const StripPlace place = strip_place(t, at, strip_of(t, m));
+      const StripPlace place = strip_place<kMmaRows>(t, at, strip_of(t, m));
       const int h = place.h + inside / kMmaColumns, w = place.w + inside % kMmaColumns, dy_h = h + down, dy_w = w + right;
       if (place.image >= at.images || h >= g.H || w >= g.W || dy_h < 0 || dy_h >= g.H || dy_w < 0 || dy_w >= g.W) continue;
       const float dy = load_array<1>(p.dy, element_of(s, g, at, place.image, dy_h, dy_w) + c)[0];
@@ -139,8 +139,8 @@ template <class T, int K> __global__ void __launch_bounds__(kMmaThreads, 2) dept
   for (int tile = 0; tile < count; ++tile) {
     const MmaPlace at = place_of(s, t, begin + tile);
     sync_threads();  // the tile before has been stored
-    stage_windows(t, at, windows);
-    stage_window<K, 2>(p.dy, s, g, at, c0, planes);
+    stage_windows<kMmaRows>(t, at, windows);
+    stage_window<T, K, kMmaRows, 2>(p.dy, s, g, at, c0, planes);
     if (p.partial) g.wide ? stage_centre<T, true>(p.x, s, g, at, c0, x_planes) : stage_centre<T, false>(p.x, s, g, at, c0, x_planes);
     sync_threads();
 #pragma unroll
@@ -154,7 +154,7 @@ template <class T, int K> __global__ void __launch_bounds__(kMmaThreads, 2) dept
       if (p.dx.data) {
         uint32_t band[K][2];
         load_bands<K>(pairs, c + i, band);
-        conv_plane<T, K>(s, t, at, windows, mine, band, p.weight, c0 + c + i, true, 0);
+        conv_plane<T, K, kMmaRows>(s, t, at, windows, mine, band, p.weight, c0 + c + i, true, 0);
       }
     }
     if (!p.dx.data) continue;

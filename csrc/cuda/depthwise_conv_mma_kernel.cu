@@ -29,12 +29,12 @@ template <class T, int K> __global__ void __launch_bounds__(kMmaThreads, 2) dept
   for (int64_t tile = part_begin(t.count, g.slices, slice); tile < end; ++tile) {
     const MmaPlace at = place_of(s, t, tile);
     sync_threads();  // the tile before has been stored
-    stage_windows(t, at, windows);
-    stage_window<K, 2>(p.x, s, g, at, c0, planes);
+    stage_windows<kMmaRows>(t, at, windows);
+    stage_window<T, K, kMmaRows, 2>(p.x, s, g, at, c0, planes);
     sync_threads();
 #pragma unroll
     for (int i = 0; i < kMmaOwn; ++i)
-      conv_plane<T, K>(s, t, at, windows, planes + plane_byte(c + i, t.plane * 16), band[i], p.weight, c0 + c + i, false, bias[i]);
+      conv_plane<T, K, kMmaRows>(s, t, at, windows, planes + plane_byte(c + i, t.plane * 16), band[i], p.weight, c0 + c + i, false, bias[i]);
     sync_threads();
     g.wide ? store_centre<T, true>(p.y, s, g, at, c0, planes) : store_centre<T, false>(p.y, s, g, at, c0, planes);
   }

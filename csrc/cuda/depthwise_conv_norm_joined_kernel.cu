@@ -5,7 +5,7 @@
 // bits, unless the convolution apart runs on tensor cores.
 #include "conv_tile.cuh"
 #include "depthwise_conv_norm_kernel.h"
-#include "norm_lanes.cuh"
+#include "norm_joined.cuh"
 
 namespace fastconv::cuda {
 namespace {
@@ -50,25 +50,6 @@ struct ZTile {
   }
 };
 
-// `count` floats of an array: the one at base + from(i), or 0 where from(i) is negative, goes to to(i). kAhead loads of a
-// thread are in flight, which the compiler does not see to by itself: converting takes branches.
-template <int kAhead, class From, class To> FC_DEVICE void stage_floats(const Array& a, int64_t base, int count, From&& from, To&& to) {
-  for (int first = threadIdx.x; first < count; first += kAhead * blockDim.x) {
-    Raw<1> raw[kAhead];
-#pragma unroll
-    for (int j = 0; j < kAhead; ++j) {
-      const int i = first + j * blockDim.x, offset = from(i);
-      const bool in = i < count && offset >= 0;
-      raw[j] = load_raw<1>(a, in ? base + offset : 0, in);
-    }
-#pragma unroll
-    for (int j = 0; j < kAhead; ++j) {
-      const int i = first + j * blockDim.x;
-      store_shared(to(i), to_float(raw[j], a.dtype)[0], i < count);
-    }
-  }
-}
-
 // Weights of `channels` channels from c0 on, each chunk as stage_weight has it. They come anew with every tile, for which
 // lanes take four channels of eight taps: these lie in different banks.
 template <int kTaps> FC_DEVICE void stage_weights(const Array& weight, int64_t C, int64_t c0, int channels, float* out) {
@@ -78,44 +59,6 @@ template <int kTaps> FC_DEVICE void stage_weights(const Array& weight, int64_t C
   stage_floats<7>(
       weight, c0 * kTaps, channels * kTaps, [&](int i) { return channel(i) < left ? channel(i) * kTaps + tap(i) : -1; },
       [&](int i) { return out + (channel(i) / kChunk * kTaps + tap(i)) * kWeightPitch + channel(i) % kChunk; });
-}
-
-// The norm of the tile's pixels that lie in the map. `segments`: for the norm's weight and bias.
-template <int N>
-FC_DEVICE void norm_tile(const ConvNormForwardParams& p, const JoinedGrid& g, const TilePlace& place, const ZTile& z, float* segments) {
-  constexpr int kParts = Lane<N>::kParts;
-  const ConvShape& s = p.conv.shape;
-  float* const weight = segments;
-  float* const bias = segments + kSegment<N>;
-  const Lane<N> at(g.norm);
-  const auto from = [&](int c) { return c < s.C ? c : -1; };
-  stage_floats<3>(p.norm_weight, 0, g.norm.held, from, [&](int c) { return weight + place_in_segment<N>(c); });
-  stage_floats<3>(p.norm_bias, 0, g.norm.held, from, [&](int c) { return bias + place_in_segment<N>(c); });
-  sync_threads();
-  const int columns = g.conv.columns(), pixels = g.conv.units() * kRun;
-  for (int first = 0; first < pixels; first += g.norm.step(blockDim.x)) {
-    const int inside = first + at.group, row = inside / columns, image = row / g.conv.rows;
-    const int64_t n = place.n + image, h = place.h + row - image * g.conv.rows, w = place.w + inside - row * columns;
-    const bool in = inside < pixels && n < s.N && h < s.H && w < s.W;
-    const int64_t pixel = (n * s.H + h) * s.W + w;
-    Vec<float, N> held[kParts];
-#pragma unroll
-    for (int part = 0; part < kParts; ++part) {
-      const int c = at.channel(g.norm, part);
-      held[part] = z.load<N>(inside, c, in && c < at.count);
-    }
-    const Moments m = moments(g.norm, at, held, p.eps, [](auto&&) {});
-#pragma unroll
-    for (int part = 0; part < kParts; ++part) {
-      const int c = at.channel(g.norm, part);
-      const Vec<float, N> y = normalised(held[part], m, load_segment<N>(weight, c), load_segment<N>(bias, c));
-      store_array<N>(p.y, pixel * s.C + c, y, in && c < at.count);
-    }
-    if (p.mean) {
-      store_global(p.mean + pixel, m.mean + m.rest, in && at.lane == 0);
-      store_global(p.rstd + pixel, m.rstd, in && at.lane == 0);
-    }
-  }
 }
 
 template <class T, int K>
@@ -163,8 +106,14 @@ __global__ void __launch_bounds__(kJoinedThreads, 1) conv_norm_joined_kernel(Con
     if (p.conv.y.data) store_run(p.conv.y, pixel, s.C, channel, acc, count, true);
   }
   sync_threads();  // z is whole, and what was staged has been read
-  if (g.width == 8) norm_tile<8>(p, g, at, z, bias);
-  else norm_tile<4>(p, g, at, z, bias);
+  const int columns = g.conv.columns(), pixels = g.conv.units() * kRun;
+  const auto place = [&](int inside) {
+    const int row = inside / columns, image = row / g.conv.rows;
+    const int64_t n = at.n + image, h = at.h + row - image * g.conv.rows, w = at.w + inside - row * columns;
+    return PixelPlace{(n * s.H + h) * s.W + w, n < s.N && h < s.H && w < s.W};
+  };
+  if (g.width == 8) norm_tile<8>(p, g.norm, pixels, z, bias, place);
+  else norm_tile<4>(p, g.norm, pixels, z, bias, place);
 }
 
 template <class T, int K> int launch_joined(const ConvNormForwardParams& p, const JoinedPlan& plan, Stream stream) {

@@ -160,6 +160,15 @@ template <int N> int launch_backward(const ConvNormBackwardParams& p, Stream str
   return launch(layer_norm_bwd_kernel<N>, dim3(static_cast<unsigned>(g.slices * g.segments)), dim3(kThreads), 0, stream, p, g);
 }
 
+// On tensor cores z and its norm are one launch where the plan finds room; x may be float32 beside a z of 16 bits, as autocast
+// leaves it, and is rounded to z's dtype.
+JoinedMmaPlan joined_mma_plan(const ConvNormForwardParams& p) {
+  const ConvShape& s = p.conv.shape;
+  const DType z = p.conv.y.dtype, x = p.conv.x.dtype;
+  if (!in_vectors(s.C, p.conv.x, p.conv.y, p.y) || !conv_mma_serves(s.K, z, x == DType::kFloat ? z : x, p.conv.weight.dtype)) return {};
+  return conv_norm_mma_plan(s, p.gpu);
+}
+
 // Without tiles where the rows cannot be read in 16 bytes: the joined form has no other way.
 JoinedPlan joined_plan(const ConvNormForwardParams& p) {
   const ConvShape& s = p.conv.shape;
@@ -170,10 +179,12 @@ JoinedPlan joined_plan(const ConvNormForwardParams& p) {
 }  // namespace
 
 bool depthwise_conv_norm_joins(const ConvNormForwardParams& p) {
-  return joined_plan(p).tiles.count > 0;
+  return joined_mma_plan(p).tiles.count > 0 || joined_plan(p).tiles.count > 0;
 }
 
 int depthwise_conv_norm_fwd_launch(const ConvNormForwardParams& p, Stream stream) {
+  const JoinedMmaPlan mma = joined_mma_plan(p);
+  if (mma.tiles.count > 0) return depthwise_conv_norm_mma_launch(p, mma, stream);
   const JoinedPlan plan = joined_plan(p);
   if (plan.tiles.count > 0) return depthwise_conv_norm_joined_launch(p, plan, stream);
   const int error = depthwise_conv_fwd_launch(p.conv, stream);

@@ -1,6 +1,7 @@
 // depthwise_conv_norm on the GPU: what the launchers take. The formula is in fastconv/ops/depthwise_conv_norm.py.
 #pragma once
 
+#include "conv_mma.h"
 #include "depthwise_conv_kernel.h"
 
 namespace fastconv::cuda {
@@ -26,6 +27,7 @@ struct ConvNormBackwardParams {
 
 // Whether one kernel computes z and its norm: only then may z have no data. y and z may still lack theirs here.
 bool depthwise_conv_norm_joins(const ConvNormForwardParams& p);
+int depthwise_conv_norm_mma_launch(const ConvNormForwardParams& p, const JoinedMmaPlan& plan, Stream stream);
 int depthwise_conv_norm_joined_launch(const ConvNormForwardParams& p, const JoinedPlan& plan, Stream stream);
 int depthwise_conv_norm_fwd_launch(const ConvNormForwardParams& p, Stream stream);
 int depthwise_conv_norm_bwd_launch(const ConvNormBackwardParams& p, Stream stream);

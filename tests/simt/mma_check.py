@@ -13,7 +13,7 @@ import sys
 import torch
 
 from fastconv import ops, use_backend
-from fastconv.testing import Case, Inputs, check_not_finite, make_inputs, poisoned, run, truth_of
+from fastconv.testing import Case, Inputs, check_not_finite, check_op, make_inputs, poisoned, run, truth_of
 
 from .check import lazily
 from .hub import simulated
@@ -96,6 +96,32 @@ def not_finite(simulator, *cases: str) -> None:
         check_not_finite(Case(OP, (2, 9, 11, 20), K=int(K)), torch.bfloat16, "cuda", name, float(value), border == "border")
 
 
+def joined(simulator, *cases: str) -> None:
+    """NxHxWxC[-wide]: the convolution and its norm in one launch on tensor cores; wide: of a float32 x, as under autocast."""
+    for item in cases:
+        shape, _, wide = item.partition("-")
+        sizes = tuple(map(int, shape.split("x")))
+        case = Case("depthwise_conv_norm", sizes, wide=("x", "weight", "norm", "out") if wide else ())
+        with simulator.settings(count=True):
+            simulator.counted()
+            check_op(case, HALVES[sum(sizes) % 2], "cuda")
+            launches = simulator.counted()
+        files = {line.file for line in launches[0].lines}
+        assert "csrc/cuda/depthwise_conv_norm_mma_kernel.cu" in files and launches[0].mma, f"{item}: z and its norm apart"
+
+
+def joined_bits(simulator) -> None:
+    """Saved or not, in any order of threads and on a smaller GPU: the same bits."""
+    for shape in ((3, 17, 9, 40), (1, 56, 56, 16)):
+        inputs = make_inputs(Case("depthwise_conv_norm", shape), torch.bfloat16)
+        with use_backend("cuda"), poisoned():
+            first = run(ops.depthwise_conv_norm, inputs)
+            for settings in ({"order": "reverse"}, {"order": "random", "seed": 3}, {"workers": 2}):
+                with simulator.settings(**settings):
+                    same_bits(run(ops.depthwise_conv_norm, inputs), first, f"{shape} {settings}")
+            same_bits(run(ops.depthwise_conv_norm, inputs, ()), first, "nothing saved")
+
+
 def too_little_shared_memory(simulator) -> None:
     """A GPU whose blocks have less shared memory than a tile takes runs the plain kernel."""
     inputs = make_inputs(Case(OP, (16, 7, 7, 16)), torch.bfloat16)
@@ -125,7 +151,18 @@ def offsets_past_2_31(simulator) -> None:
 
 
 CHECKS = {
-    f.__name__: f for f in (integers, same_in_every_order, any_gradient, views, not_finite, too_little_shared_memory, offsets_past_2_31)
+    f.__name__: f
+    for f in (
+        integers,
+        same_in_every_order,
+        any_gradient,
+        views,
+        not_finite,
+        joined,
+        joined_bits,
+        too_little_shared_memory,
+        offsets_past_2_31,
+    )
 }
 
 
