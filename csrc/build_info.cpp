@@ -65,6 +65,11 @@ PYBIND11_MODULE(_C, m) {
      "(blocks of an image, threads, bytes of shared memory) of a global_response_norm that holds an image of L pixels on the chip, `size` bytes"
      " of an element and `sums` of a channel, in accesses of `width` elements, on a GPU of so much shared memory a block and so many blocks"
      " a cluster. No blocks: two passes over memory.");
+  m.def("cuda_grouped_conv", [](int64_t N, int64_t H, int64_t W, int64_t C, int64_t K, int64_t stride, int64_t pad_h, int64_t pad_w, int64_t groups) {
+    const fastconv::GroupedConvShape s{N, H, W, C, K, stride, pad_h, pad_w, groups};
+    return py::make_tuple(fastconv::grouped_serves(s), fastconv::grouped_pays(s));
+  }, FC_SHAPE, shape("stride"), shape("pad_h"), shape("pad_w"), shape("groups"),
+     "(whether the CUDA kernels of grouped_conv can run a call, whether they are the choice), for maps in channels_last of bfloat16 or float16.");
   m.def("cuda_partial_floats", [](int64_t N, int64_t H, int64_t W, int64_t C, int64_t K, bool norm) {
     const ConvShape s{N, H, W, C, K};
     return fastconv::conv_wgrad_floats(s) + (norm ? fastconv::norm_bwd_floats(s) : 0);

@@ -189,6 +189,78 @@ constexpr ResidentPlan response_plan(int64_t L, int64_t C, int64_t width, int64_
   return best;
 }
 
+// One call of a grouped convolution: N maps of H x W pixels and C channels in `groups`, to as many channels.
+struct GroupedConvShape {
+  int64_t N, H, W, C, K, stride, pad_h, pad_w, groups;
+  constexpr int64_t width() const { return C / groups; }  // channels of a group
+  constexpr int64_t out_H() const { return (H + 2 * pad_h - K) / stride + 1; }
+  constexpr int64_t out_W() const { return (W + 2 * pad_w - K) / stride + 1; }
+  constexpr int64_t weights() const { return C * width() * K * K; }
+  // With a stride of 1 dx is this convolution of dy, with the filters turned over, inputs and outputs exchanged.
+  constexpr GroupedConvShape transposed() const { return {N, out_H(), out_W(), C, K, 1, K - 1 - pad_h, K - 1 - pad_w, groups}; }
+};
+
+// Channels of a block on tensor cores: `units` runs of `unit` channels that share no filter with others, each padded to `parts`
+// times 8. Groups of 2 and 4 are packed, 8 channels to a unit.
+struct GroupedChannels {
+  int64_t unit, parts, units;
+  constexpr int64_t count() const { return unit * units; }
+  constexpr int64_t parts_of_block() const { return parts * units; }  // and its warps
+};
+constexpr GroupedChannels grouped_channels(int64_t width) {
+  const int64_t unit = width < 8 && 8 % width == 0 ? 8 : width, parts = ceil_div(unit, 8);
+  return {unit, parts, 8 / parts};
+}
+
+// Tiles of a grouped convolution: `rows` of outputs, two strips of 8 columns, which lie side by side, or in two images where
+// the maps are no wider than one. dx of a stride of 2 counts in pairs of rows and of columns.
+struct GroupedTiles {
+  int64_t rows, images, down, across, count;
+};
+constexpr GroupedTiles grouped_tiles(const GroupedConvShape& s, bool dx) {
+  const int64_t H = dx ? ceil_div(s.H, 2) : s.out_H(), W = dx ? ceil_div(s.W, 2) : s.out_W();
+  const int64_t down = ceil_div(H, s.stride == 1 ? 14 : 7), across = ceil_div(W, 16), images = W <= 8 ? 2 : 1;
+  return {ceil_div(H, down), images, down, across, ceil_div(s.N, images) * down * across};
+}
+
+// Blocks come in one wave of as many as an H200's multiprocessors hold: each reads its filters once. A block has a run of
+// consecutive tiles and of channels.
+constexpr int64_t grouped_blocks(const GroupedChannels& c) { return 132 * (c.parts == 4 ? 2 : 3); }
+constexpr int64_t grouped_slices(const GroupedConvShape& s, bool dx) {
+  const GroupedChannels c = grouped_channels(s.width());
+  return std::min(grouped_tiles(s, dx).count, std::max<int64_t>(1, grouped_blocks(c) / ceil_div(s.C, c.count())));
+}
+
+// Runs of tiles with one partial dweight and dbias each: at most 5% of the bytes of x and dy, unless that leaves few blocks.
+constexpr int64_t grouped_wgrad_slices(const GroupedConvShape& s) {
+  constexpr int64_t kFew = 16;
+  const int64_t chunks = ceil_div(s.C, grouped_channels(s.width()).count());
+  const int64_t worthwhile = s.N * s.out_H() * s.out_W() / (40 * (s.width() * s.K * s.K + 1));
+  return std::max<int64_t>(1, std::min(grouped_slices(s, false), std::max(worthwhile, std::min(kFew, ceil_div(132, chunks)))));
+}
+constexpr int64_t grouped_wgrad_floats(const GroupedConvShape& s) { return grouped_wgrad_slices(s) * (s.weights() + s.C); }
+
+// Whether the tensor cores' kernels can run a grouped convolution, all passes. Maps are (N, H, W, C) in bfloat16 or float16.
+// Offsets inside of a tile's images and of the filters are counted in 32 bits.
+constexpr bool grouped_serves(const GroupedConvShape& s) {
+  const int64_t largest = std::max(s.H, s.out_H()) * std::max(s.W, s.out_W());
+  return s.K == 3 && (s.stride == 1 || s.stride == 2) && s.width() >= 2 && s.width() <= 32 && largest < (1 << 29) / s.C && s.C < 1 << 20;
+}
+
+// The choice between these kernels and cuDNN's, in either layout, for every GPU from sm_80 on. By counters and arithmetic
+// (csrc/cuda/README.md), unmeasured: ours move their bytes and little else, where cuDNN's grouped kernels in channels_last are
+// known to be several times slower.
+//
+//   channels a group    dtype, layout                          kernel                decided
+//   2 to 24, even       bfloat16, float16, channels_last       ours                  by counters
+//   26 to 32            the same                               cuDNN NHWC            by arithmetic: bound by tensor cores and shared memory
+//   others              any other                              cuDNN, as it comes    ours do not serve it
+//
+// Below 2^20 elements a launch takes longer than the kernel.
+constexpr bool grouped_pays(const GroupedConvShape& s) {
+  return grouped_serves(s) && s.width() <= 24 && s.width() % 2 == 0 && s.N * s.out_H() * s.out_W() * s.C >= 1 << 20;
+}
+
 // Floating-point operations: a multiply-add counts as two. The norm: 8 an element forward, 14 backward.
 constexpr int64_t conv_flops(const ConvShape& s) { return 2 * s.elements() * s.K * s.K; }
 constexpr int64_t conv_norm_flops(const ConvShape& s) { return conv_flops(s) + 8 * s.elements(); }

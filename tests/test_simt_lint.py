@@ -59,7 +59,7 @@ def test_kernels_use_the_portable_names_alone(path):
 def test_every_kernel_file_is_read():
     assert {"residual_scale_kernel.cu", "depthwise_conv_kernel.cu", "array.cuh"} <= {path.name for path in FILES}
     assert {"data", "partial", "norm_partial", "mean", "rstd"} <= DECLARED
-    assert all(re.search(rf"\b(?:{MEMORY}|stage_window)\b", path.read_text()) for path in FILES if path.suffix == ".cu")
+    assert all(re.search(rf"\b(?:{MEMORY}|stage_window|stage_input)\b", path.read_text()) for path in FILES if path.suffix == ".cu")
 
 
 @pytest.mark.parametrize(

@@ -163,6 +163,9 @@ def native_everywhere(weight: torch.Tensor, groups: int, stride: tuple[int, int]
     device, dtype, (out_C, width, K, _) = weight.device.type, weight.dtype, weight.shape
     if device == "meta":
         return ""
+    if device == "cuda":  # csrc/geometry.h: grouped_pays
+        served = K == 3 and stride[0] == stride[1] and out_C == width * groups and width in range(2, 25, 2)
+        return "" if served else UNMEASURED
     if device != "cpu":
         return UNMEASURED
     measured = [rows for nhwc in (False, True) if (rows := _rows(dtype, nhwc, stride[0]))]
@@ -171,11 +174,31 @@ def native_everywhere(weight: torch.Tensor, groups: int, stride: tuple[int, int]
     return "" if any(width in row for rows in measured for row in rows) else f"torch's own kernel is as fast at {width} channels a group"
 
 
+@constant_when_traced
+def _cuda_table(*sizes: int) -> tuple[bool, bool]:
+    from fastconv import _C
+
+    return _C.cuda_grouped_conv(*sizes)
+
+
+def cuda_passes(x, weight, dtype: torch.dtype, shape, nhwc: bool, forced: bool) -> Passes:
+    """All where the CUDA C++ kernels serve a call and, unless they are forced, are the choice of the table in csrc/geometry.h."""
+    alike = x.dtype == dtype and dtype in (torch.bfloat16, torch.float16) and weight.dtype in (dtype, torch.float32)
+    if not alike or not nhwc or shape.stride[0] != shape.stride[1] or shape.out_C != shape.C:
+        return NONE
+    serves, pays = _cuda_table(shape.N, shape.H, shape.W, shape.C, shape.K, shape.stride[0], *shape.padding, shape.groups)
+    return ALL if serves and (forced or pays) else NONE
+
+
 def choose(op: str, x, weight, bias, shape, compute_dtype) -> tuple[_registry.Choice, Passes]:
     """The backend of a call and the passes that it runs; "native" where that is none."""
-    choice = _registry.select(op, x, weight, bias)
-    if choice.backend == "eager" or _registry.is_forced():
-        return choice, NONE if choice.backend == "eager" else ALL
-    ours = passes(x.device.type, {x.dtype, weight.dtype, compute_dtype or x.dtype}, weight.shape[1], shape, is_nhwc(x, weight))
+    choice, forced, nhwc = _registry.select(op, x, weight, bias), _registry.is_forced(), is_nhwc(x, weight)
+    dtype = compute_dtype or x.dtype
+    if choice.backend == "eager":
+        return choice, NONE
+    if choice.backend == "cuda":
+        ours = cuda_passes(x, weight, dtype, shape, nhwc, forced)
+    else:
+        ours = ALL if forced else passes(x.device.type, {x.dtype, weight.dtype, dtype}, weight.shape[1], shape, nhwc)
     trained = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
     return (choice if (any(ours) if trained else ours.fwd) else _registry.Choice("native")), ours

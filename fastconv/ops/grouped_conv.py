@@ -96,7 +96,7 @@ _registry.define(
     SCHEMAS,
     {"grouped_conv_fwd": _fake_fwd, "grouped_conv_bwd": _fake_bwd},
     {"grouped_conv_fwd": _flops_fwd, "grouped_conv_bwd": _flops_bwd},
-    backends=("cpu", "triton"),
+    backends=("cpu", "cuda", "triton"),
 )
 
 
