@@ -27,7 +27,7 @@ def test_import_touches_nothing():
 
 
 def test_unknown_op_lists_the_known():
-    with pytest.raises(ValueError, match="residual_scale, global_response_norm, gelu_linear, linear, got 'batch_norm'"):
+    with pytest.raises(ValueError, match="residual_scale, global_response_norm, gelu_linear, linear, window_attention, got 'batch_norm'"):
         fastconv.patch(make(), ops=["residual_scale", "batch_norm"])
 
 

@@ -83,6 +83,28 @@ struct GrnParams {
   void* partial;                           // [N][bands][C], backward [N][bands][2][C]
 };
 
+// Tokens (B, H, W, heads, D) somewhere in memory: strides in elements, D contiguous.
+struct Tokens {
+  Array array;
+  int64_t stride_b, stride_h, stride_w, stride_head;
+};
+
+// Attention in windows of wh x ww tokens of a map of H x W, padded to Hp x Wp and rolled by sh, sw. All that is not an Array is
+// in the accumulation type.
+struct AttentionParams {
+  int64_t B, H, W, heads, D, wh, ww, sh, sw, Hp, Wp;
+  bool pad_first;                          // padded, then rolled
+  double scale, mask_value;
+  Tokens q, k, v;
+  const void *bias, *logit_scale, *pad;    // [heads][N][N], [heads], [3][heads][D], each may be null
+  MutableArray y;                          // [B][H][W][heads][D]
+  Array dy;                                // the same
+  MutableArray dqkv;                       // an element is at part * part_stride + pixel * pixel_stride + head * D + d
+  int64_t part_stride, pixel_stride;
+  int64_t chunks;                          // of all windows: each has its row of partial sums
+  void *dbias, *dlogit_scale, *dpad;       // [chunks][heads][N][N], [chunks][heads], [chunks][3][heads][D], null where not asked for
+};
+
 struct Kernels {
   const char* name;
   int64_t vector_bytes;
@@ -101,6 +123,10 @@ struct Kernels {
   int64_t (*grn_scratch)(const GrnParams&);
   void (*grn_sum)(const GrnParams&, void* scratch, int64_t begin, int64_t end);    // a task is image * bands + band
   void (*grn_apply)(const GrnParams&, void* scratch, int64_t begin, int64_t end);  // a task is image * bands + band
+  int64_t (*attention_forward_scratch)(const AttentionParams&);
+  void (*attention_forward)(const AttentionParams&, void* scratch, int64_t begin, int64_t end);   // a task is a window
+  int64_t (*attention_backward_scratch)(const AttentionParams&);
+  void (*attention_backward)(const AttentionParams&, void* scratch, int64_t begin, int64_t end);  // a task is chunk * heads + head
 };
 
 const Kernels& kernels();

@@ -23,6 +23,8 @@ namespace {
 
 #include "global_response_norm_kernel.h"
 
+#include "window_attention_kernel.h"
+
 // Picks the accumulation type.
 #define FC_SCRATCH(name, Params, dtype) \
   int64_t name(const Params& p) { return is_double(dtype) ? name##_as<double>(p) : name##_as<float>(p); }
@@ -44,6 +46,10 @@ FC_SCRATCH(grn_scratch, GrnParams, p.x.dtype)
 FC_TASKS(grn_sum, GrnParams, p.x.dtype)
 FC_TASKS(grn_apply, GrnParams, p.x.dtype)
 
+FC_SCRATCH(attention_forward_scratch, AttentionParams, p.q.array.dtype)
+FC_TASKS(attention_forward, AttentionParams, p.q.array.dtype)
+FC_SCRATCH(attention_backward_scratch, AttentionParams, p.q.array.dtype)
+FC_TASKS(attention_backward, AttentionParams, p.q.array.dtype)
 }  // namespace
 }  // namespace level_*
 
@@ -63,6 +69,10 @@ extern const Kernels FC_TABLE(FASTCONV_LEVEL) = {
     FC_NAMESPACE(FASTCONV_LEVEL)::grn_scratch,
     FC_NAMESPACE(FASTCONV_LEVEL)::grn_sum,
     FC_NAMESPACE(FASTCONV_LEVEL)::grn_apply,
+    FC_NAMESPACE(FASTCONV_LEVEL)::attention_forward_scratch,
+    FC_NAMESPACE(FASTCONV_LEVEL)::attention_forward,
+    FC_NAMESPACE(FASTCONV_LEVEL)::attention_backward_scratch,
+    FC_NAMESPACE(FASTCONV_LEVEL)::attention_backward,
 };
 
 }  // namespace fastconv::cpu

@@ -6,6 +6,7 @@ from .depthwise_conv_norm import DepthwiseConvNorm, depthwise_conv_norm
 from .gelu_linear import GeluLinear, gelu_linear
 from .global_response_norm import GlobalResponseNorm, global_response_norm
 from .residual_scale import ResidualScale, residual_scale
+from .window_attention import WindowAttention, window_attention
 
 __all__ = [
     "Choice",
@@ -14,6 +15,7 @@ __all__ = [
     "GeluLinear",
     "GlobalResponseNorm",
     "ResidualScale",
+    "WindowAttention",
     "depthwise_conv",
     "depthwise_conv_norm",
     "disabled",
@@ -23,6 +25,7 @@ __all__ = [
     "residual_scale",
     "select",
     "use_backend",
+    "window_attention",
 ]
 
 check_environment()
