@@ -19,6 +19,7 @@ NCHW = {
     "gelu_linear": (),
     "global_response_norm": ("x", "dout"),
     "residual_scale": ("shortcut", "dout"),
+    "squeeze_excite": ("x", "dout"),
 }
 
 

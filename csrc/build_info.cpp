@@ -95,4 +95,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("global_response_norm_bwd_bytes", &fastconv::global_response_norm_bwd_bytes, shape("elements"), shape("size"), "Fewest bytes of all gradients.");
   m.def("residual_scale_bytes", &fastconv::residual_scale_bytes, shape("elements"), shape("size"), "Fewest bytes of the forward pass.");
   m.def("residual_scale_bwd_bytes", &fastconv::residual_scale_bwd_bytes, shape("elements"), shape("size"), "Fewest bytes of all gradients.");
+  m.def("squeeze_excite_bytes", &fastconv::squeeze_excite_bytes, shape("elements"), shape("size"), "Fewest bytes of the forward pass.");
+  m.def("squeeze_excite_bwd_bytes", &fastconv::squeeze_excite_bwd_bytes, shape("elements"), shape("size"), "Fewest bytes of all gradients.");
 }

@@ -202,6 +202,8 @@ constexpr int64_t conv_norm_bytes(const ConvShape& s, int64_t size, bool save) {
 constexpr int64_t conv_norm_bwd_bytes(const ConvShape& s, int64_t size) { return 6 * s.elements() * size; }
 constexpr int64_t global_response_norm_bytes(int64_t elements, int64_t size) { return 2 * elements * size; }
 constexpr int64_t global_response_norm_bwd_bytes(int64_t elements, int64_t size) { return 3 * elements * size; }
+constexpr int64_t squeeze_excite_bytes(int64_t elements, int64_t size) { return 2 * elements * size; }
+constexpr int64_t squeeze_excite_bwd_bytes(int64_t elements, int64_t size) { return 3 * elements * size; }
 constexpr int64_t residual_scale_bytes(int64_t elements, int64_t size) { return 3 * elements * size; }
 constexpr int64_t residual_scale_bwd_bytes(int64_t elements, int64_t size) { return 3 * elements * size; }
 

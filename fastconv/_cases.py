@@ -20,7 +20,9 @@ class Case(NamedTuple):
     mask: str = "image"  # residual_scale: one value an "image", or "one" for all
     scale: float = 1.0  # standard deviation of the first argument
     offset: float = 0.0  # added to bias: a mean far from zero
-    act: str | None = None  # global_response_norm's; of gelu_linear "gelu_tanh" for the approximation
+    act: str | None = None  # global_response_norm's and squeeze_excite's; of gelu_linear "gelu_tanh" for the approximation
+    reduced: int = 6  # squeeze_excite: width between the layers
+    options: tuple[tuple[str, str], ...] = ()  # squeeze_excite: further keyword arguments
     dtypes: tuple[torch.dtype, ...] = FLOAT_DTYPES
 
     @property
@@ -31,6 +33,8 @@ class Case(NamedTuple):
         parts = ["x".join(map(str, self.shape))]
         if self.op.startswith("depthwise_conv"):
             parts.append(f"k{self.K}")
+        elif self.op == "squeeze_excite":
+            parts.append(f"r{self.reduced}")
         elif self.mask != "image":
             parts.append(f"mask_{self.mask}")
         parts += [f"no_{name}" for name in self.without]
@@ -42,6 +46,7 @@ class Case(NamedTuple):
             parts.append(f"offset{self.offset:g}")
         if self.act:
             parts.append(self.act)
+        parts += [value for _, value in self.options]
         return "-".join(parts)
 
 
@@ -165,10 +170,41 @@ def _gelu_linear_cases() -> list[Case]:
     ]
 
 
+def _squeeze_excite_cases() -> list[Case]:
+    op, hard, nchw = "squeeze_excite", (("gate", "hardsigmoid"),), (("data_format", "NCHW"),)
+    return [
+        Case(op, (2, 7, 7, 768), reduced=48, act="silu"),
+        Case(op, (2, 9, 15, 33), reduced=9),
+        Case(op, (2, 9, 15, 33), reduced=9, act="silu", options=nchw),
+        Case(op, (1, 17, 29, 17), reduced=1, act="silu"),
+        Case(op, (3, 14, 5, 96), reduced=24, act="hardswish", options=hard),
+        Case(op, (5, 3, 7, 130), reduced=70, act="gelu", options=nchw),  # a layer wider than one block of rows
+        Case(op, (3, 40, 35, 7), reduced=3, act="leaky_relu"),  # several slices of pixels
+        Case(op, (2, 70, 76, 5), reduced=3, act="leaky_relu", options=nchw),  # planes of more than one chunk
+        Case(op, (2, 2, 1, 1030), reduced=20, act="identity"),
+        Case(op, (6, 2, 3, 24), reduced=4, act="hardswish", options=nchw),  # lanes of small planes
+        Case(op, (3, 1, 1, 64), reduced=8, act="silu"),
+        Case(op, (3, 1, 1, 64), reduced=8, act="gelu", options=nchw),
+        Case(op, (4, 3, 2, 1), reduced=1, act="silu"),
+        Case(op, (0, 8, 6, 16)),
+        Case(op, (2, 0, 5, 8)),
+        Case(op, (0, 8, 6, 16), options=nchw),
+        Case(op, (3, 5, 6, 48), without=("w2", "b2"), options=hard),
+        Case(op, (3, 5, 6, 48), without=("b1", "w2", "b2"), options=nchw),
+        Case(op, (2, 5, 6, 31), reduced=12, act="gelu", without=("b1", "b2")),
+        Case(op, (2, 5, 6, 31), reduced=12, act="silu", without=("b1",), options=nchw),
+        Case(op, (2, 5, 6, 32), reduced=8, act="silu", wide=("x",)),
+        Case(op, (2, 5, 6, 32), reduced=8, act="silu", wide=("w1", "w2")),  # autocast after a half-precision producer
+        Case(op, (2, 5, 6, 33), reduced=8, act="silu", wide=("x", "w1", "w2"), options=nchw),  # autocast, float32 maps
+        Case(op, (2, 5, 6, 24), reduced=8, act="silu", scale=0.3),
+    ]
+
+
 CASES: dict[str, list[Case]] = {
     "depthwise_conv": _conv_cases("depthwise_conv"),
     "depthwise_conv_norm": _conv_cases("depthwise_conv_norm"),
     "gelu_linear": _gelu_linear_cases(),
     "global_response_norm": _global_response_norm_cases(),
     "residual_scale": _residual_scale_cases(),
+    "squeeze_excite": _squeeze_excite_cases(),
 }

@@ -45,10 +45,11 @@ def models(
     if ":" in pattern:
         print(*names, sep="\n")
         return
-    print(f"{'name':<25} {'family':<19} {'params M':>8} {'GMACs':>6} {'image':>5}  ops")
+    width = max(map(len, names))
+    print(f"{'name':<{width}} {'family':<19} {'params M':>8} {'GMACs':>6} {'image':>5}  ops")
     for name in names:
         spec = MODELS[name]
-        print(f"{name:<25} {spec.family:<19} {spec.params:8.2f} {spec.gmacs:6.2f} {spec.resolution:5}  {', '.join(spec.ops)}")
+        print(f"{name:<{width}} {spec.family:<19} {spec.params:8.2f} {spec.gmacs:6.2f} {spec.resolution:5}  {', '.join(spec.ops)}")
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

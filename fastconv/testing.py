@@ -56,6 +56,8 @@ def make_inputs(case: Case, dtype: torch.dtype, device="cpu", seed: int = 0) -> 
             tensors["mask"][0] = 0  # a dropped image
         out_dtype = hub(case.op).out_dtype(**tensors)
         return Inputs(tensors, {}, randn("dout", *case.shape).to(out_dtype), constant=("mask",))
+    if case.op == "squeeze_excite":
+        return _gate_inputs(case, dtype, randn)
     C, K = case.C, case.K
     if case.op == "global_response_norm":
         tensors = {"x": randn("x", *case.shape, std=case.scale), "weight": randn("weight", C), "bias": randn("bias", C, std=case.scale)}
@@ -86,8 +88,25 @@ def make_inputs(case: Case, dtype: torch.dtype, device="cpu", seed: int = 0) -> 
     return Inputs(tensors, options, randn("dout", *case.shape).to(out_dtype))
 
 
+def _gate_inputs(case: Case, dtype: torch.dtype, randn: Callable) -> Inputs:
+    N, C, R = case.shape[0], case.C, case.C if "w2" in case.without else case.reduced
+    x = randn("x", *case.shape, std=case.scale)
+    tensors = {
+        "x": x + randn("x", N, 1, 1, C, std=case.scale),  # means of order 1, which tell the layers' inputs apart
+        "w1": randn("w1", R, C, std=C**-0.5),
+        "b1": randn("b1", R, std=0.5),
+        "w2": randn("w2", C, R, std=R**-0.5),
+        "b2": randn("b2", C, std=0.5),
+    }
+    options = dict(case.options) | ({"act": case.act} if case.act else {}) | ({"compute_dtype": dtype} if case.wide else {})
+    dout = randn("dout", *case.shape).to(torch.promote_types(x.dtype, dtype))
+    if options.get("data_format") == "NCHW":
+        tensors["x"], dout = (t.permute(0, 3, 1, 2).contiguous() for t in (tensors["x"], dout))
+    return Inputs(tensors, options, dout)
+
+
 def _dtype_of(case: Case, name: str, dtype: torch.dtype) -> torch.dtype:
-    wide = name in case.wide or (name == "bias" and "weight" in case.wide)
+    wide = name in case.wide or (name == "bias" and "weight" in case.wide) or name.replace("b", "w") in case.wide
     return torch.float32 if wide and dtype != torch.float64 else dtype
 
 
@@ -108,7 +127,7 @@ def truth_of(op: str, inputs: Inputs) -> dict[str, torch.Tensor | None]:
     return run(hub(op).reference, Inputs(tensors, options, inputs.dout.cpu().double(), inputs.constant))
 
 
-def formula(op: str, first: torch.Tensor, *args, eps: float = 1e-6, act: str | None = None) -> torch.Tensor:
+def formula(op: str, first: torch.Tensor, *args, eps: float = 1e-6, act: str | None = None, **options) -> torch.Tensor:
     """An op from its formula: no convolution or norm of PyTorch. The truth where values are not finite.
 
     A tap adds the pixels of the map that it meets and nothing for padding, where `reference` may multiply an Inf by a zero:
@@ -117,6 +136,8 @@ def formula(op: str, first: torch.Tensor, *args, eps: float = 1e-6, act: str | N
     if op == "residual_scale":
         y, gamma, mask = args
         return torch.stack([s + m * (gamma * image) for s, image, m in zip(first, y, mask.flatten())])
+    if op == "squeeze_excite":
+        return _gate_formula(first, *args, act=act or "relu", **options)
     if op in ("global_response_norm", "gelu_linear"):
         a = first
         if act == "gelu_tanh":
@@ -140,6 +161,24 @@ def formula(op: str, first: torch.Tensor, *args, eps: float = 1e-6, act: str | N
         return z
     centred = z - z.sum(-1, keepdim=True) / C
     return centred / (centred.square().sum(-1, keepdim=True) / C + eps).sqrt() * norm[0] + norm[1]
+
+
+def _gate_formula(x, w1, b1, w2, b2, act="relu", gate="sigmoid", data_format="NHWC") -> torch.Tensor:
+    nothing = torch.zeros((), dtype=x.dtype)
+    functions = {
+        "relu": lambda v: torch.where(v <= 0, nothing, v),
+        "silu": lambda v: v / (1 + torch.exp(-v)),
+        "gelu": lambda v: v * (1 + torch.erf(v / 2**0.5)) / 2,
+        "hardswish": lambda v: v * (v + 3).clamp(0, 6) / 6,
+        "leaky_relu": lambda v: torch.where(v > 0, v, 0.01 * v),
+        "identity": lambda v: v,
+        "sigmoid": torch.sigmoid,
+        "hardsigmoid": lambda v: (v + 3).clamp(0, 6) / 6,
+    }
+    if data_format == "NCHW":
+        return _gate_formula(x.permute(0, 2, 3, 1), w1, b1, w2, b2, act, gate).permute(0, 3, 1, 2)
+    hidden = functions[act]((x.sum((1, 2)) / (x.shape[1] * x.shape[2]))[:, None, :].mul(w1).sum(-1) + b1)
+    return x * functions[gate](hidden[:, None, :].mul(w2).sum(-1) + b2)[:, None, None, :]
 
 
 @contextlib.contextmanager
@@ -222,6 +261,8 @@ def faults(case: Case, inputs: Inputs, truth: dict[str, torch.Tensor]) -> Iterat
     elif case.op == "gelu_linear":
         moved = [("weight", (1,), ("out", "dx")), ("bias", (0,), ("out",))]
         yield "moved", "dweight", truth["dweight"].roll(1, 1)
+    elif case.op == "squeeze_excite":
+        moved = [("w1", (1,), ("out", "dx", "dw2")), ("w2", (0,), ("out", "dx", "dw1"))]
     else:
         affected = ("out", "dx") if case.op == "depthwise_conv" else truth.keys() - {"dweight", "dbias", "dnorm_bias"}
         moved = [("weight", (2, 3), affected)]
@@ -269,15 +310,19 @@ def check_not_finite(case: Case, dtype: torch.dtype, backend: str, name: str, va
     if name == "weight" and tensor.dim() == 4:
         h, w = (0, 0) if border else (case.K // 2 - 1, case.K // 2 + 1)
         tensor[case.C // 2, 0, h, w] = value
+    elif tensor.dim() == 2 or name == "b1":
+        tensor.view(-1)[0 if border else tensor.numel() // 2] = value
     elif tensor.dim() == 4:
         h, w = (0, -1) if border else (case.shape[1] // 2, case.shape[2] // 2)
         tensor[-1, h, w, case.C // 2] = value
     else:
         tensor.view(-1)[tensor.numel() // 2] = value
     doubles = {n: t.cpu().double() for n, t in inputs.tensors.items()}
-    truth = run(lambda **t: formula(case.op, *t.values(), act=case.act), Inputs(doubles, {}, inputs.dout.cpu().double(), inputs.constant))
+    options = {"act": case.act, **dict(case.options)}
+    truth = run(lambda **t: formula(case.op, *t.values(), **options), Inputs(doubles, {}, inputs.dout.cpu().double(), inputs.constant))
     reached = any(not torch.isfinite(t).all() for t in truth.values())
-    assert reached or (name == "weight" and border), "nothing to see"  # small maps do not meet the corner of the filter
+    # Small maps do not meet the corner of the filter, and an infinite bias shuts or opens a gate.
+    assert reached or (name == "weight" and border) or name == "b2", "nothing to see"
     with use_backend(backend), poisoned():
         assert select(case.op, *inputs.tensors.values()).backend == backend
         actual = run(getattr(ops, case.op), inputs)

@@ -15,6 +15,7 @@ GRADIENTS = {
     "gelu_linear": ("x", "weight", "bias"),
     "global_response_norm": ("x", "weight", "bias"),
     "residual_scale": ("shortcut", "y", "gamma"),
+    "squeeze_excite": ("x", "w1", "b1", "w2", "b2"),
 }
 every_op = pytest.mark.parametrize("op", sorted(OPS))
 half_and_float = pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)

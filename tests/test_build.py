@@ -265,6 +265,37 @@ def test_stages_fail_on_failure_and_on_time(monkeypatch, capfd, code, minutes, f
     assert capfd.readouterr().out.strip().endswith(outcome)
 
 
+MEET = """
+import pathlib, time
+mine, other = pathlib.Path({mine!r}), pathlib.Path({other!r})
+mine.touch()
+start = time.monotonic()
+while not other.exists():
+    assert time.monotonic() - start < {patience}, "alone"
+    time.sleep(0.01)
+print("met")
+"""
+
+
+@pytest.mark.parametrize("full, failed", [(False, 0), (True, 1)])
+def test_two_stages_run_side_by_side(tmp_path, monkeypatch, capfd, full, failed):
+    """All but the one that needs the machine's memory for its slow tests. What each prints stays in one piece."""
+    module = stages()
+    names = (module.LARGEST, "models")
+    monkeypatch.setattr(module, "STAGES", tuple(module.Stage(name, 1) for name in names))
+
+    def meet(name, *args):
+        mine, other = (str(tmp_path / n) for n in sorted(names, key=lambda n: n != name))
+        code = MEET.format(mine=mine, other=other, patience=0.5 if full and name == module.LARGEST else 60)
+        return [[sys.executable, "-c", code]]
+
+    monkeypatch.setattr(module, "commands", meet)
+    assert module.main([*names, *["--full"] * full]) == failed
+    printed = capfd.readouterr().out
+    assert ("AssertionError: alone" in printed) == full
+    assert printed.count("\nmet\n\n=== ") == 2 - full
+
+
 def test_a_stage_without_tests_is_not_green(monkeypatch, capfd):
     module = stages()
     monkeypatch.setattr(module, "commands", lambda *args: [])

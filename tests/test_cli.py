@@ -60,6 +60,7 @@ def test_models_of_other_libraries():
         (("demo", "--steps", "1"), "steps must be at least 2"),
         (("demo", "--data", "no/such/folder"), "data must be a folder"),
         (("demo", "--model", "convnext_tniy"), "did you mean convnext_tiny"),
+        (("demo", "--model", "mae_vit_base_patch16"), "predicts pixels, not classes: use --pretrain"),
     ],
 )
 def test_bad_arguments_give_one_line(args, message):

@@ -234,7 +234,9 @@ def test_backward_flops_follow_the_needs(op):
 
     names = [name for name in inputs.tensors if name not in inputs.constant]
     assert count() < count(names[0], names[1]) <= count(*names)
-    if op.startswith("depthwise_conv"):
+    if op == "squeeze_excite":
+        assert count("w1") == count("w2") < count("x")
+    elif op.startswith("depthwise_conv"):
         assert count("x") == count("weight") < count("x", "weight")
 
 

@@ -16,7 +16,7 @@ import fastconv
 from fastconv import cli, demo
 from fastconv.demo import Options
 from fastconv.demo.data import Images
-from fastconv.demo.run import Run
+from fastconv.demo.run import Run, build
 from fastconv.models import MODELS, Spec, convnext
 from fastconv.ops import DepthwiseConvNorm
 
@@ -164,6 +164,24 @@ def test_a_model_without_known_blocks_fails_the_demo(tmp_path, monkeypatch):
     bundle(monkeypatch, plain)
     result = run_demo(tmp_path, steps=2)
     assert result.exit_code == 1 and "has no block that fastconv recognises" in result.output
+
+
+def test_a_model_without_stochastic_depth_and_with_an_auxiliary_head(monkeypatch):
+    class Two(nn.Linear):
+        def forward(self, x):
+            logits = super().forward(x.flatten(1))
+            return (logits, torch.zeros_like(logits)) if self.training else logits
+
+    bundle(monkeypatch, lambda num_classes: Two(12, num_classes))
+    options, images = Options(model="tiny"), torch.randn(2, 3, 2, 2)
+    model = build(options, 4)
+    torch.manual_seed(options.seed)
+    assert torch.equal(model.weight, Two(12, 4).weight)
+    run = Run("eager", model, options, "contiguous")
+    assert torch.equal(run.logits(images), model.eval()(images))
+    bundle(monkeypatch, lambda classes: None)
+    with pytest.raises(TypeError, match="num_classes"):
+        build(options, 4)
 
 
 def compared(eager, patched, control):

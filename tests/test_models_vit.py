@@ -199,12 +199,21 @@ def test_another_image_size_is_named(build):
         build()(torch.empty(1, 3, 224, 192))
 
 
-@pytest.mark.parametrize("size, count", [("base_patch16", 111_907_840), ("large_patch16", 329_541_888), ("huge_patch14", 657_074_508)])
-def test_mae_counts_and_encoder(size, count):
+@pytest.mark.parametrize(
+    "size, params, macs",
+    [
+        ("base_patch16", 111_907_840, 9_781_133_312),
+        ("large_patch16", 329_541_888, 20_755_783_680),
+        ("huge_patch14", 657_074_508, 48_561_911_808),
+    ],
+)
+def test_mae_counts_and_encoder(size, params, macs):
     """Encoder, decoder and both fixed position tables; without the decoder it is a ViT but for the head."""
-    with torch.device("meta"):
-        model = getattr(mae, f"mae_vit_{size}")()
-    assert sum(p.numel() for p in model.parameters()) == count
+    model, spec = build_meta(f"mae_vit_{size}").eval(), MODELS[f"mae_vit_{size}"]
+    with FlopCounterMode(display=False) as counter, torch.device("meta"):
+        model(torch.empty(1, 3, spec.resolution, spec.resolution))
+    assert (sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2) == (params, macs)
+    assert (spec.params, spec.gmacs) == (round(params / 1e6, 2), round(macs / 1e9, 2))
     encoder = {k: v for k, v in shapes(model.state_dict()).items() if not k.startswith(("decoder_", "mask_token"))}
     classifier = shapes(build_meta(f"vit_{size}_224").state_dict())
     assert encoder == {k: v for k, v in classifier.items() if not k.startswith("head.")}

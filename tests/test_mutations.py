@@ -19,7 +19,7 @@ from fastconv.ops._registry import OPS
 from fastconv.testing import CASES, check_op
 
 CSRC = pathlib.Path(__file__).parent.parent / "csrc"
-GLUE = ("ops", "depthwise_conv", "depthwise_conv_norm", "gelu_linear", "global_response_norm", "residual_scale")
+GLUE = ("ops", "depthwise_conv", "depthwise_conv_norm", "gelu_linear", "global_response_norm", "residual_scale", "squeeze_excite")
 KERNELS = ("kernels_default",)
 COMPILER = os.environ.get("CXX", "c++").split()
 FLAGS = ["-O0", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno", "-Wno-psabi"]
@@ -68,7 +68,7 @@ MUTANTS = {
         "glue.h",
         "slice < slices; ++slice)\n        for",
         "slice + 1 < slices; ++slice)\n        for",
-        tuple(sorted({*OPS} - {"gelu_linear"})),
+        tuple(sorted({*OPS} - {"gelu_linear", "squeeze_excite"})),  # which add up their own
     ),
     "mask forgotten": (TAIL, "load_lanes<A>(y + row + c, lanes) * mask;", "load_lanes<A>(y + row + c, lanes);", ("residual_scale",)),
     "mask forgotten in dgamma": (TAIL, "+ sum * mask, lanes)", "+ sum, lanes)", ("residual_scale",)),
@@ -79,7 +79,20 @@ MUTANTS = {
     "density lost": ("activation_kernel.h", "cdf + x * density * 0.398942280f", "cdf", ("gelu_linear", "global_response_norm")),
     "half stores truncate": ("vec.h", "(bits + 0x7FFF + ((bits >> 16) & 1)) >> 16", "bits >> 16", ("rounding",)),
 }
+GATE, LAYER = "squeeze_excite_kernel.h", "layer_kernel.h"
+MUTANTS |= {
+    "pixels of the last rows lost": (GATE, "for (; i < count; ++i) add_rows", "for (; i < 0; ++i) add_rows", ("squeeze_excite",)),
+    "one chunk of a plane": (GATE, "i < L; i += kPlaneRun", "i < kPlaneRun; i += kPlaneRun", ("squeeze_excite",)),
+    "lanes of a layer mixed up": ("vec.h", "I % kHalf + kHalf)...)", "I % kHalf)...)", ("squeeze_excite",)),
+    "a layer's last inputs lost": (LAYER, "if (full < K) {", "if (full > K) {", ("squeeze_excite",)),
+    "derivative of the act lost": (LAYER, "if (p.gradient_at) v = ", "if (p.gradient_at) ", ("squeeze_excite",)),
+    "gate of another image": (GATE, "factor + n * C", "factor", ("squeeze_excite",)),
+    "repeated gate of another image": (GATE, "ready = n == image", "ready = image >= 0", ("squeeze_excite",)),
+    "planes that start late": (GATE, "if (i > 0) step(0, i);", "", ("squeeze_excite",)),
+}
 QUICK = (
+    "one chunk of a plane",
+    "derivative of the act lost",
     "forward taps mirrored",
     "halo rows missing",
     "H and W swapped",

@@ -18,6 +18,8 @@ def arguments(op, **changed):
     tensors = {"x": (2, 5, 4, C), "weight": (C, 1, 3, 3), "bias": (C,), "norm_weight": (C,), "norm_bias": (C,)}
     if op == "residual_scale":
         tensors = {"shortcut": (2, 5, 4, C), "y": (2, 5, 4, C), "gamma": (C,), "mask": (2, 1, 1, 1)}
+    elif op == "squeeze_excite":
+        tensors = {"x": (2, 5, 4, C), "w1": (3, C), "b1": (3,), "w2": (C, 3), "b2": (C,)}
     elif op == "depthwise_conv":
         tensors = dict(list(tensors.items())[:3])
     elif op == "global_response_norm":
@@ -115,6 +117,31 @@ WRONG = [
         ({"y": "meta"}, ValueError, ("y must be on the device", "cpu", "meta")),
         ({"gamma": "meta"}, ValueError, ("gamma must be on the device", "meta")),
         ({"mask": "meta"}, ValueError, ("mask must be on the device", "meta")),
+    )),
+    *(("squeeze_excite", *row) for row in (
+        ({"x": (5, 4, 6)}, ValueError, ("x must be (N, H, W, C) or (N, C, H, W)", "(5, 4, 6)", "x[None]")),
+        ({"x": (2, 6, 5, 4)}, ValueError, ("w1 must be (3, 4)", "C=4", "(3, 6)", "data_format")),
+        ({"data_format": "NCHW"}, ValueError, ("w1 must be (3, 5)", "NCHW", "data_format=")),
+        ({"data_format": "CHWN"}, ValueError, ("data_format must be one of NHWC, NCHW", "'CHWN'")),
+        ({"act": "mish"}, ValueError, ("act must be one of relu, silu", "'mish'")),
+        ({"gate": "tanh"}, ValueError, ("gate must be one of sigmoid, hardsigmoid", "'tanh'")),
+        ({"w1": (3, 6, 3, 3)}, ValueError, ("w1 must be (3, 6) or (3, 6, 1, 1)", "(3, 6, 3, 3)")),
+        ({"w2": (3, 6)}, ValueError, ("w2 must be (6, 3)", "R=3", "(3, 6)")),
+        ({"w2": None, "b2": None}, ValueError, ("w1 must be (6, 6)", "(3, 6)")),
+        ({"w1": (6, 6), "b1": (6,), "w2": None}, ValueError, ("b2 must be None without w2", "(6,)")),
+        ({"b1": (6,)}, ValueError, ("b1 must be (C,)", "3", "(6,)")),
+        ({"b2": (6, 1)}, ValueError, ("b2 must be (C,)", "(6, 1)")),
+        ({"x": torch.int64}, TypeError, ("x must be one of", "torch.int64")),
+        ({"w1": torch.int8}, TypeError, ("w1 must be one of", "int8")),
+        ({"w2": torch.bool}, TypeError, ("w2 must be one of", "bool")),
+        ({"b1": torch.int32}, TypeError, ("b1 must be one of", "int32")),
+        ({"w1": None}, TypeError, ("w1 must be a torch.Tensor", "NoneType")),
+        ({"w2": half, "b2": half}, TypeError, ("must have the dtype of x", "bfloat16", "compute_dtype=")),
+        ({"b1": half}, TypeError, ("b1 must have the dtype of w1", "bfloat16")),
+        ({"x": f64, "compute_dtype": f32}, TypeError, ("float64 cannot be mixed", "float32")),
+        ({"compute_dtype": torch.int32}, TypeError, ("compute_dtype must be one of", "int32")),
+        ({"w1": "meta"}, ValueError, ("w1 must be on the device", "cpu", "meta")),
+        ({"b2": "meta"}, ValueError, ("b2 must be on the device", "meta")),
     )),
 ]  # fmt: skip
 

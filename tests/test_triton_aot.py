@@ -25,11 +25,12 @@ CHOSEN = [
     ("residual_scale", 96, 7, "bfloat16"),
     ("global_response_norm", 384, 7, "bfloat16"),
     ("gelu_linear", 96, 7, "float16"),
+    ("squeeze_excite", 96, 7, "bfloat16"),
 ]
 VARIANTS = [("depthwise_conv_norm", C, K, dtype) for C in SIZES for K in (3, 5, 7, 9) for dtype in ("float32", "bfloat16", "float16")]
 VARIANTS += [
     (op, C, 7, dtype)
-    for op in ("residual_scale", "global_response_norm", "gelu_linear")
+    for op in ("residual_scale", "global_response_norm", "gelu_linear", "squeeze_excite")
     for C in SIZES
     for dtype in ("float32", "bfloat16", "float16")
 ]
@@ -39,7 +40,14 @@ def launches(op: str, C: int, K: int, dtype: str) -> list:
     """(kernel, arguments, keywords) of each launch of the op's fwd and bwd, recorded on meta tensors."""
     import torch
     import triton
-    from fastconv.triton_kernels import depthwise_conv, depthwise_conv_norm, gelu_linear, global_response_norm, residual_scale
+    from fastconv.triton_kernels import (
+        depthwise_conv,
+        depthwise_conv_norm,
+        gelu_linear,
+        global_response_norm,
+        residual_scale,
+        squeeze_excite,
+    )
 
     recorded = []
     triton.JITFunction.run = lambda self, *args, grid, warmup, **kwargs: recorded.append((self, args, kwargs))
@@ -49,6 +57,13 @@ def launches(op: str, C: int, K: int, dtype: str) -> list:
     if op == "depthwise_conv":
         depthwise_conv.fwd(x, weight, vector, dtype)
         depthwise_conv.bwd(x, x, weight, True, True)
+    elif op == "squeeze_excite":
+        w1, w2 = torch.empty(8, C, device="meta"), torch.empty(C, 8, device="meta")
+        one = x[:1]  # few programs: slices, and their sum in a kernel of its own
+        for channels_last, gate in ((True, 6), (False, 7)):
+            maps = one if channels_last else one.permute(0, 3, 1, 2).contiguous()
+            y, *saved = squeeze_excite.fwd(maps, w1, None, w2, None, 1, gate, dtype, channels_last, True)
+            squeeze_excite.bwd(y, maps, w1, w2, *saved, 1, gate, channels_last, True, True, True)
     elif op == "depthwise_conv_norm":
         y, z, mean, rstd = depthwise_conv_norm.fwd(x, weight, vector, vector, vector, 1e-6, dtype, dtype, True)
         depthwise_conv_norm.bwd(y, x, weight, vector, z, mean, rstd, True, True, True)
@@ -119,6 +134,8 @@ def test_no_kernel_spills(variant):
     compiled = compile_all(*variant)
     kernels = {found["kernel"] for found in compiled}
     expected = {f"{variant[0]}_fwd_kernel", f"{variant[0]}_bwd_kernel", "reduce_kernel"}
+    if variant[0] == "squeeze_excite":
+        expected = {f"squeeze_excite_{name}_kernel" for name in ("sum", "fold", "scale")}
     if variant[0] == "depthwise_conv_norm":
         expected |= {"depthwise_conv_fwd_kernel", "depthwise_conv_wgrad_kernel"}
     elif variant[0] == "global_response_norm":
@@ -129,7 +146,7 @@ def test_no_kernel_spills(variant):
     for found in compiled:
         print(found)
         assert not spills(found), found
-        if variant[1] % 8 == 0 and not found["kernel"].endswith("_sums_kernel"):  # those read kilobytes
+        if variant[1] % 8 == 0 and not found["kernel"].endswith(("_sums_kernel", "excite_fold_kernel")):  # those read kilobytes
             assert found["wide_loads"] > 0, found
 
 

@@ -15,7 +15,15 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent))  # under pytest's importl
 
 import fastconv.triton_kernels
 import triton_interpreter_fixes
-from fastconv.triton_kernels import _common, depthwise_conv, depthwise_conv_norm, gelu_linear, global_response_norm, residual_scale
+from fastconv.triton_kernels import (
+    _common,
+    depthwise_conv,
+    depthwise_conv_norm,
+    gelu_linear,
+    global_response_norm,
+    residual_scale,
+    squeeze_excite,
+)
 from op_helpers import GRADIENTS
 from triton.runtime import interpreter
 from triton.runtime.errors import InterpreterError
@@ -28,7 +36,7 @@ triton_interpreter_fixes.install()
 torch.set_num_threads(1)
 
 KERNELS = pathlib.Path(fastconv.triton_kernels.__file__).parent
-MODULES = (_common, depthwise_conv, depthwise_conv_norm, gelu_linear, global_response_norm, residual_scale)
+MODULES = (_common, depthwise_conv, depthwise_conv_norm, gelu_linear, global_response_norm, residual_scale, squeeze_excite)
 CONV = ("depthwise_conv", "depthwise_conv_norm")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 every_op = pytest.mark.parametrize("op", sorted(OPS))
@@ -199,6 +207,10 @@ def test_offsets_past_2_31(op, monkeypatch):
     if op == "global_response_norm":  # the sums are 1
         x, weight, bias = (t.float() for t in corner.tensors.values())
         expected = {"out": (x * (weight + 1) + bias).bfloat16(), "dx": (corner.dout.float() * (weight + 1) + x).bfloat16()}
+    elif op == "squeeze_excite":  # the sums are 1, and in the backward pass what the gate is applied to
+        x, w1, b1, w2, b2 = (t.float() for t in corner.tensors.values())
+        z = w2 @ torch.relu(w1.sum(1) + b1) + b2
+        expected = {"out": (x * z.sigmoid()).bfloat16(), "dx": (corner.dout.float() / (1 + np.exp(-1))).bfloat16()}
     elif op == "gelu_linear":  # its passes over activations alone
         pass
     else:
@@ -220,9 +232,10 @@ def test_offsets_past_2_31(op, monkeypatch):
         big = corner._replace(tensors={n: grown(t) for n, t in corner.tensors.items()}, dout=grown(corner.dout))
         with use_backend("triton"):
             got = run(getattr(ops, op), big)
-    assert set(launched) >= {f"{op}_fwd_kernel", "depthwise_conv_wgrad_kernel" if op in CONV else f"{op}_bwd_kernel"}
+    first, last = ("scale", "sum") if op == "squeeze_excite" else ("fwd", "bwd")
+    assert set(launched) >= {f"{op}_{first}_kernel", "depthwise_conv_wgrad_kernel" if op in CONV else f"{op}_{last}_kernel"}
     for name in ("out", "dx", "dy"):
-        if name in got and op in ("gelu_linear", "global_response_norm"):
+        if name in got and op in ("gelu_linear", "global_response_norm", "squeeze_excite"):
             torch.testing.assert_close(got[name][0, -1, -1, -32:], expected[name][0, -1, -1, -32:], rtol=0.01, atol=0.01)
         elif name in got and op != "depthwise_conv_norm":
             assert torch.equal(got[name][0, -1, -1, -32:], expected[name][0, -1, -1, -32:]), name
@@ -230,7 +243,9 @@ def test_offsets_past_2_31(op, monkeypatch):
 
 # Slices of several tiles each: see rows_per_slice.
 FEW = {"depthwise_conv": 10, "depthwise_conv_norm": 3, "gelu_linear": 1, "global_response_norm": 4, "residual_scale": 2}
+FEW["squeeze_excite"] = 6
 MUTATED = {op: small(op, 2, 9 if op in CONV else 90, 5, 4) for op in OPS}
+MUTATED["squeeze_excite"] = small("squeeze_excite", 2, 300, 5, 4)
 MUTATED["global_response_norm"] = small("global_response_norm", 2, 90, 10, 4, act="gelu")
 MUTANTS = [
     ("depthwise_conv", "depthwise_conv", "tap = (kh + i) * K + kw", "tap = (kh + i) * K + K - 1 - kw", "out"),
@@ -261,6 +276,10 @@ MUTANTS = [
     ("global_response_norm", "global_response_norm", "* product * inverse - through_mean", "* product * inverse", "dx"),
     ("global_response_norm", "global_response_norm", "total += grad", "total = grad", "dbias"),
     ("global_response_norm", "_common", "(s0 + s < S)", "(s0 + s < S - 1)", "d"),
+    ("squeeze_excite", "squeeze_excite", "acc += value", "acc = value", "out"),
+    ("squeeze_excite", "squeeze_excite", "(s0 + s < slices)", "(s0 + s < slices - 1)", "out"),
+    ("squeeze_excite", "squeeze_excite", "dy * ((1.0 - s) * s)", "dy * (1.0 - s)", "dx"),
+    ("squeeze_excite", "squeeze_excite", "value += tl.load(summand", "value = tl.load(summand", "dx"),
 ]
 
 

@@ -10,6 +10,8 @@
 
 namespace fastconv::cpu {
 
+constexpr int64_t kSlicePixels = 256, kPlanes = 16, kLayerBlock = 64;
+
 enum class DType : uint8_t { kFloat, kBFloat16, kHalf, kDouble };
 
 constexpr int64_t dtype_size(DType d) { return d == DType::kDouble ? 8 : d == DType::kFloat ? 4 : 2; }
@@ -83,6 +85,45 @@ struct GrnParams {
   void* partial;                           // [N][bands][C], backward [N][bands][2][C]
 };
 
+// What stands between and behind the layers of a squeeze-and-excitation: fastconv/ops/squeeze_excite.py has the same order.
+enum class Function : uint8_t { kRelu, kSilu, kGelu, kHardswish, kLeakyRelu, kIdentity, kSigmoid, kHardsigmoid };
+constexpr int64_t kFunctions = 8;
+
+// The passes over a map. Channels last it is N images of L pixels of C channels, split into slices of kSlicePixels
+// pixels; channels first N * C planes of L pixels, a plane a sum.
+struct MapParams {
+  int64_t N, L, C;
+  bool channels_last;
+  int64_t slices;                          // of an image, channels last
+  Array x, dy;                             // dy null: the sums of x; else of dy x
+  void* partial;                           // [N][slices][C], or [N][C] channels first
+  const void *factor, *summand;            // out = (dy, or x where it is null) factor + summand, [N][C]; summand or null
+  MutableArray out;
+};
+
+// A layer on N vectors, or its gradients. [M, K] is the weight; all in the accumulation type.
+struct LayerParams {
+  bool is_double;
+  int64_t N, M, K;
+  const void *in, *weight, *bias;          // [N][K] (gradients of the weight: what it was applied to), [M][K], [M] or null
+  const void* dout;                        // [N][M]
+  void *pre, *out;                         // what `function` is applied to, or null; its result
+  Function function;
+  const void* gradient_at;                 // backward: [N][K], where the derivative of `function` is taken, or null
+  double scale;                            // backward: of the result
+  void *dweight, *dbias;                   // [M][K], [M]
+};
+
+// Partial sums to means, or through the gate's derivative: for each image.
+struct FoldParams {
+  bool is_double;
+  int64_t C, slices;
+  const void *partial, *z;                 // [N][slices][C], [N][C]; z null: forward
+  double scale;
+  void *out, *gate;                        // [N][C]: mean, or the gradient of z and gate(z)
+  Function function;
+};
+
 // Tokens (B, H, W, heads, D) somewhere in memory: strides in elements, D contiguous.
 struct Tokens {
   Array array;
@@ -123,6 +164,13 @@ struct Kernels {
   int64_t (*grn_scratch)(const GrnParams&);
   void (*grn_sum)(const GrnParams&, void* scratch, int64_t begin, int64_t end);    // a task is image * bands + band
   void (*grn_apply)(const GrnParams&, void* scratch, int64_t begin, int64_t end);  // a task is image * bands + band
+  int64_t (*map_scratch)(const MapParams&);
+  void (*map_sum)(const MapParams&, void* scratch, int64_t begin, int64_t end);    // a task is a slice, or kPlanes planes
+  void (*map_apply)(const MapParams&, void* scratch, int64_t begin, int64_t end);  // the same
+  void (*fold)(const FoldParams&, int64_t begin, int64_t end);                     // a task is an image
+  void (*layer_forward)(const LayerParams&, int64_t begin, int64_t end);           // a task is kLayerBlock rows of the weight
+  void (*layer_backward)(const LayerParams&, int64_t begin, int64_t end);          // a task is kLayerBlock columns
+  void (*layer_weight)(const LayerParams&, int64_t begin, int64_t end);            // a task is kLayerBlock rows
   int64_t (*attention_forward_scratch)(const AttentionParams&);
   void (*attention_forward)(const AttentionParams&, void* scratch, int64_t begin, int64_t end);   // a task is a window
   int64_t (*attention_backward_scratch)(const AttentionParams&);

@@ -22,6 +22,11 @@ namespace {
 #include "activation_kernel.h"
 
 #include "global_response_norm_kernel.h"
+#include "functions.h"
+
+#include "layer_kernel.h"
+
+#include "squeeze_excite_kernel.h"
 
 #include "window_attention_kernel.h"
 
@@ -45,6 +50,18 @@ FC_TASKS(gelu, GeluParams, p.x.dtype)
 FC_SCRATCH(grn_scratch, GrnParams, p.x.dtype)
 FC_TASKS(grn_sum, GrnParams, p.x.dtype)
 FC_TASKS(grn_apply, GrnParams, p.x.dtype)
+FC_SCRATCH(map_scratch, MapParams, p.x.dtype)
+FC_TASKS(map_sum, MapParams, p.x.dtype)
+FC_TASKS(map_apply, MapParams, p.x.dtype)
+#define FC_SMALL_TASKS(name, Params)                                  \
+  void name(const Params& p, int64_t begin, int64_t end) {            \
+    if (p.is_double) name##_as<double>(p, begin, end);                \
+    else name##_as<float>(p, begin, end);                             \
+  }
+FC_SMALL_TASKS(fold, FoldParams)
+FC_SMALL_TASKS(layer_forward, LayerParams)
+FC_SMALL_TASKS(layer_backward, LayerParams)
+FC_SMALL_TASKS(layer_weight, LayerParams)
 
 FC_SCRATCH(attention_forward_scratch, AttentionParams, p.q.array.dtype)
 FC_TASKS(attention_forward, AttentionParams, p.q.array.dtype)
@@ -69,6 +86,13 @@ extern const Kernels FC_TABLE(FASTCONV_LEVEL) = {
     FC_NAMESPACE(FASTCONV_LEVEL)::grn_scratch,
     FC_NAMESPACE(FASTCONV_LEVEL)::grn_sum,
     FC_NAMESPACE(FASTCONV_LEVEL)::grn_apply,
+    FC_NAMESPACE(FASTCONV_LEVEL)::map_scratch,
+    FC_NAMESPACE(FASTCONV_LEVEL)::map_sum,
+    FC_NAMESPACE(FASTCONV_LEVEL)::map_apply,
+    FC_NAMESPACE(FASTCONV_LEVEL)::fold,
+    FC_NAMESPACE(FASTCONV_LEVEL)::layer_forward,
+    FC_NAMESPACE(FASTCONV_LEVEL)::layer_backward,
+    FC_NAMESPACE(FASTCONV_LEVEL)::layer_weight,
     FC_NAMESPACE(FASTCONV_LEVEL)::attention_forward_scratch,
     FC_NAMESPACE(FASTCONV_LEVEL)::attention_forward,
     FC_NAMESPACE(FASTCONV_LEVEL)::attention_backward_scratch,

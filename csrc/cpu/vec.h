@@ -39,6 +39,24 @@ template <class A> FC_INLINE A sum_lanes(Vec<A> v) {
   return lanes[0];
 }
 
+// a and b hold sums in groups of kGroup lanes, an item a group; half of each group is added to the other half, the items
+// stay in order. From single items on, all the way, kLanes vectors become the one of their sums.
+template <class A, int kGroup, int... I> FC_INLINE Vec<A> add_halves(Vec<A> a, Vec<A> b, std::integer_sequence<int, I...>) {
+  constexpr int kHalf = kGroup / 2;
+  return __builtin_shufflevector(a, b, (I / kHalf * kGroup + I % kHalf)...) +
+         __builtin_shufflevector(a, b, (I / kHalf * kGroup + I % kHalf + kHalf)...);
+}
+template <class A, int kGroup = kLanes<A>> FC_INLINE Vec<A> sum_each(const Vec<A>* v) {
+  constexpr auto kIndices = std::make_integer_sequence<int, kLanes<A>>{};
+  if constexpr (kGroup == 1) {
+    return v[0];
+  } else {
+    Vec<A> half[kGroup / 2];
+    FC_UNROLL for (int i = 0; i < kGroup / 2; ++i) half[i] = add_halves<A, kGroup>(v[2 * i], v[2 * i + 1], kIndices);
+    return sum_each<A, kGroup / 2>(half);
+  }
+}
+
 #if FASTCONV_VECTOR_BYTES == 64
 FC_INLINE FloatVec half_to_float(const uint16_t* p) { return (FloatVec)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
 FC_INLINE void float_to_half(uint16_t* p, FloatVec v) {
@@ -93,15 +111,25 @@ FC_INLINE void store_as(BFloat16* p, FloatVec v) {  // round to nearest even, Na
 }
 FC_INLINE void store_as(Half* p, FloatVec v) { float_to_half(reinterpret_cast<uint16_t*>(p), v); }
 
+#if FASTCONV_VECTOR_BYTES == 64
+FC_INLINE __mmask16 first_lanes(int64_t lanes) { return static_cast<__mmask16>((1u << lanes) - 1); }
+#endif
+
 // The first `lanes` lanes only, the others zero: the tail of the channels.
 template <class A, class T> FC_INLINE Vec<A> load_lanes(const T* p, int64_t lanes) {
   if (lanes == kLanes<A>) return load_as(p);
+#if FASTCONV_VECTOR_BYTES == 64
+  if constexpr (std::is_same_v<T, float>) return (FloatVec)_mm512_maskz_loadu_ps(first_lanes(lanes), p);
+#endif
   T tail[kLanes<A>] = {};
   for (int64_t i = 0; i < lanes; ++i) tail[i] = p[i];
   return load_as(tail);
 }
 template <class A, class T> FC_INLINE void store_lanes(T* p, Vec<A> v, int64_t lanes) {
   if (lanes == kLanes<A>) return store_as(p, v);
+#if FASTCONV_VECTOR_BYTES == 64
+  if constexpr (std::is_same_v<T, float>) return _mm512_mask_storeu_ps(p, first_lanes(lanes), (__m512)v);
+#endif
   T tail[kLanes<A>];
   store_as(tail, v);
   for (int64_t i = 0; i < lanes; ++i) p[i] = tail[i];

@@ -14,6 +14,7 @@ import torch
 from timm.loss import SoftTargetCrossEntropy
 from torch import nn
 
+from ..models import MODELS
 from ..zoo import create_model
 from .data import Images, seed_all
 
@@ -58,14 +59,24 @@ class Options:
 
 def build(options: Options, classes: int) -> nn.Module:
     """The unpatched model with random weights, stochastic depth and a layer scale that matters."""
-    torch.manual_seed(options.seed)
-    extra = {} if options.model.startswith("torchvision:") else {"drop_path_rate": 0.1}  # torchvision's default is 0.1
-    model = create_model(options.model, fused=False, num_classes=classes, **extra)
+    if options.model in MODELS and MODELS[options.model].family == "MAE":
+        raise ValueError(f"demo: {options.model} predicts pixels, not classes: use --pretrain")
+    try:
+        model = _build(options, classes, drop_path_rate=0.1)
+    except TypeError as error:  # no such argument: torchvision's models have another and a default of 0.1, many others none
+        if "drop_path_rate" not in str(error):
+            raise
+        model = _build(options, classes)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.rpartition(".")[2] in ("gamma", "layer_scale", "layer_scale_parameter"):
                 parameter.fill_(LAYER_SCALE)
     return model.to(options.device).train()
+
+
+def _build(options: Options, classes: int, **kw) -> nn.Module:
+    torch.manual_seed(options.seed)
+    return create_model(options.model, fused=False, num_classes=classes, **kw)
 
 
 @dataclass
@@ -107,6 +118,7 @@ class Run:
     def logits(self, images: torch.Tensor) -> torch.Tensor:
         with self.autocast():
             output = self.model(images)
+        output = output[0] if type(output) is tuple else output  # the others are of auxiliary heads
         return getattr(output, "logits", output).float()
 
     def loss(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -9,8 +9,8 @@ from torch import nn
 
 
 class Spec(NamedTuple):
-    """One bundled model: the function `name` in the file `module`, parameters (millions), GMACs an image at `resolution`, and
-    the ops that it gains from."""
+    """One bundled model: the function `name` in the file `module`, parameters (millions), GMACs an image at `resolution` (of a
+    pretraining those of its own forward, three quarters masked), and the ops that it gains from."""
 
     name: str
     module: str
@@ -95,6 +95,14 @@ _family(
     vit_huge_patch14_224=(632.05, 167.30, 224),
 )
 _family("vit", "DeiT", ("gelu_linear",), deit_base_distilled_patch16_224=(87.34, 17.66, 224))
+_family(
+    "mae",
+    "MAE",
+    ("gelu_linear",),
+    mae_vit_base_patch16=(111.91, 9.78, 224),
+    mae_vit_large_patch16=(329.54, 20.76, 224),
+    mae_vit_huge_patch14=(657.07, 48.56, 224),
+)
 _family("beit", "BEiT", ("gelu_linear",), beit_base_patch16_224=(86.53, 17.56, 224), beit_large_patch16_224=(304.43, 61.55, 224))
 _family("eva", "EVA", ("gelu_linear",), eva_giant_patch14_224=(1012.56, 267.03, 224))
 _family(
@@ -109,7 +117,7 @@ _family(
 _family(
     "maxvit",
     "MaxViT",
-    ("gelu_linear",),
+    ("gelu_linear", "squeeze_excite"),
     maxvit_tiny_tf_224=(30.92, 5.55, 224),
     maxvit_small_tf_224=(68.93, 11.58, 224),
     maxvit_base_tf_224=(119.47, 23.90, 224),
@@ -119,7 +127,7 @@ _family(
 _family(
     "coatnet",
     "CoAtNet",
-    (),
+    ("squeeze_excite",),
     coatnet_0_224=(25.04, 4.55, 224),
     coatnet_1_224=(42.23, 8.64, 224),
     coatnet_2_224=(74.68, 16.43, 224),
@@ -181,7 +189,7 @@ _family(
 _family(
     "resnet",
     "SE-ResNet",
-    (),
+    ("squeeze_excite",),
     seresnet50=(28.09, 4.09, 224),
     seresnet101=(49.33, 7.81, 224),
     seresnet152=(66.82, 11.52, 224),
@@ -206,7 +214,7 @@ _family("nasnet", "NASNet-A", (), nasnet_a_mobile=(5.29, 0.564, 224), nasnetalar
 _family(
     "efficientnet",
     "EfficientNet",
-    (),
+    ("squeeze_excite",),
     efficientnet_b0=(5.29, 0.386, 224),
     efficientnet_b1=(7.79, 0.687, 240),
     efficientnet_b2=(9.11, 0.994, 260),
@@ -219,7 +227,7 @@ _family(
 _family(
     "efficientnet",
     "EfficientNetV2",
-    (),
+    ("squeeze_excite",),
     efficientnetv2_s=(21.46, 8.37, 384),
     efficientnetv2_m=(54.14, 24.58, 480),
     efficientnetv2_l=(118.52, 56.08, 480),
@@ -245,7 +253,7 @@ _family(
 _family(
     "regnet",
     "RegNetY",
-    (),
+    ("squeeze_excite",),
     regnety_002=(3.16, 0.2, 224),
     regnety_004=(4.34, 0.402, 224),
     regnety_006=(6.06, 0.601, 224),
@@ -261,12 +269,14 @@ _family(
 )
 _family("mobilenet", "MobileNet", (), mobilenetv1_100=(4.23, 0.569, 224))
 _family("mobilenet", "MobileNetV2", (), mobilenetv2_100=(3.50, 0.301, 224), mobilenetv2_140=(6.11, 0.582, 224))
-_family("mobilenet", "MobileNetV3", (), mobilenetv3_large_100=(5.48, 0.217, 224), mobilenetv3_small_100=(2.54, 0.0565, 224))
-_family("senet", "SENet", (), senet154=(115.09, 20.69, 224))
+_family(
+    "mobilenet", "MobileNetV3", ("squeeze_excite",), mobilenetv3_large_100=(5.48, 0.217, 224), mobilenetv3_small_100=(2.54, 0.0565, 224)
+)
+_family("senet", "SENet", ("squeeze_excite",), senet154=(115.09, 20.69, 224))
 _family(
     "resnet_rs",
     "ResNet-RS",
-    (),
+    ("squeeze_excite",),
     resnetrs50=(35.69, 2.28, 160),
     resnetrs101=(63.62, 6.01, 192),
     resnetrs152=(86.62, 15.53, 256),
@@ -290,7 +300,7 @@ _family("preact_resnet", "Wide ResNet", (), wide_resnet28_10=(36.48, 5.24, 32))
 _family(
     "nfnet",
     "NFNet",
-    (),
+    ("squeeze_excite",),
     nfnet_f0=(71.49, 12.38, 256),
     nfnet_f1=(132.63, 17.44, 224),
     nfnet_f2=(193.78, 33.14, 256),

@@ -6,6 +6,7 @@ from .depthwise_conv_norm import DepthwiseConvNorm, depthwise_conv_norm
 from .gelu_linear import GeluLinear, gelu_linear
 from .global_response_norm import GlobalResponseNorm, global_response_norm
 from .residual_scale import ResidualScale, residual_scale
+from .squeeze_excite import SqueezeExcite, squeeze_excite
 from .window_attention import WindowAttention, window_attention
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "GeluLinear",
     "GlobalResponseNorm",
     "ResidualScale",
+    "SqueezeExcite",
     "WindowAttention",
     "depthwise_conv",
     "depthwise_conv_norm",
@@ -24,6 +26,7 @@ __all__ = [
     "is_disabled",
     "residual_scale",
     "select",
+    "squeeze_excite",
     "use_backend",
     "window_attention",
 ]

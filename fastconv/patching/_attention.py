@@ -264,7 +264,7 @@ def _linear(layer: nn.Module, inputs: int, outputs: int) -> nn.Linear:
 def _copied(module: nn.Module, path: str, parts: Parts, small: dict[str, nn.Module]) -> nn.Module:
     if path in small:
         return small[path]
-    if path and not f"{path}.".startswith(f"{parts.attn}."):  # a norm, drop path or MLP around the attention
+    if path and parts.attn and not f"{path}.".startswith(f"{parts.attn}."):  # a norm, drop path or MLP around the attention
         if not any(True for _ in module.parameters()):
             return copy.deepcopy(module)
         if "norm" in path:

@@ -86,15 +86,20 @@ def make_sites(name: str, module: torch.nn.Module, sites: Iterable[tuple[str, st
 
 def choose(module: FastModule, op: str, reason: str, *tensors: torch.Tensor | None) -> bool:
     """Whether `op` runs fused in this call. Counts and warns where it does not, or raises under strict=True."""
+    return backend_of(module, op, reason, *tensors) != "eager"
+
+
+def backend_of(module: FastModule, op: str, reason: str, *tensors: torch.Tensor | None) -> str:
+    """As `choose`: what runs, "eager" for the original code, "native" where that is the faster one."""
     plan = module._fastconv
     if (op, "fused", "") not in plan.sites:
-        return False
+        return "eager"
     choice = Choice("eager", reason) if reason else select(op, *tensors)
     if not torch.compiler.is_compiling():  # a counter would recompile every call, a warning would break the graph
         record(sites_of(module)[op], choice)
     if plan.strict and choice.backend == "eager" and choice.reason not in ASKED_FOR:
         raise RuntimeError(f"fastconv.patch(strict=True): {op} in {plan.base.__name__} cannot run fused: {choice.reason}")
-    return choice.backend != "eager"
+    return choice.backend
 
 
 def unwrapped(kind: type) -> type:
