@@ -25,7 +25,8 @@ COMPILE_ARGS = [
     *("-Wall", "-Wextra", "-Wno-psabi", "-Wno-maybe-uninitialized"),  # GCC's own AVX-512 headers set off the last two
 ]
 CPU_SOURCES = [
-    *("ops", "depthwise_conv", "depthwise_conv_norm", "residual_scale", "gelu_linear", "global_response_norm", "squeeze_excite", "window_attention"),
+    *("ops", "depthwise_conv", "depthwise_conv_norm", "residual_scale", "gelu_linear", "global_response_norm"),
+    *("squeeze_excite", "window_attention"),
     *("kernels_default", "kernels_avx2", "kernels_avx512"),
 ]
 CUDA_BUILD = "build/cuda"  # not a temporary folder of pip's: objects are reused

@@ -20,6 +20,7 @@ NCHW = {
     "global_response_norm": ("x", "dout"),
     "residual_scale": ("shortcut", "dout"),
     "squeeze_excite": ("x", "dout"),
+    "window_attention": (),
 }
 
 

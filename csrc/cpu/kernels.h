@@ -124,26 +124,18 @@ struct FoldParams {
   Function function;
 };
 
-// Tokens (B, H, W, heads, D) somewhere in memory: strides in elements, D contiguous.
-struct Tokens {
-  Array array;
-  int64_t stride_b, stride_h, stride_w, stride_head;
-};
-
-// Attention in windows of wh x ww tokens of a map of H x W, padded to Hp x Wp and rolled by sh, sw. All that is not an Array is
-// in the accumulation type.
-struct AttentionParams {
-  int64_t B, H, W, heads, D, wh, ww, sh, sw, Hp, Wp;
-  bool pad_first;                          // padded, then rolled
+// B maps of H x W tokens in rows x columns windows. Backward where dy is given.
+struct WindowParams {
+  int64_t B, H, W, heads, D;
+  int64_t wh, ww, sh, sw;                  // window and shift
+  int64_t rows, columns, slices;           // windows of a map; slices of the windows of all maps
+  bool pad_first;                          // pad, then shift
   double scale, mask_value;
-  Tokens q, k, v;
-  const void *bias, *logit_scale, *pad;    // [heads][N][N], [heads], [3][heads][D], each may be null
-  MutableArray y;                          // [B][H][W][heads][D]
-  Array dy;                                // the same
-  MutableArray dqkv;                       // an element is at part * part_stride + pixel * pixel_stride + head * D + d
-  int64_t part_stride, pixel_stride;
-  int64_t chunks;                          // of all windows: each has its row of partial sums
-  void *dbias, *dlogit_scale, *dpad;       // [chunks][heads][N][N], [chunks][heads], [chunks][3][heads][D], null where not asked for
+  Array q, k, v, dy;                       // dy [B][H][W][heads][D]
+  int64_t stride[3][4];                    // of q, k, v: image, row, column, head; in elements
+  const void *table, *logit_scale, *pad;   // [positions][heads], [heads], [3][heads][D] in the accumulation type, or null
+  MutableArray out;                        // y as dy is; backward dqkv [B][H][W][3][heads][D]
+  void* partial;                           // [slices][heads][positions + 1 + 3 * D]: dtable, dlogit_scale, dpad
 };
 
 struct Kernels {
@@ -164,6 +156,8 @@ struct Kernels {
   int64_t (*grn_scratch)(const GrnParams&);
   void (*grn_sum)(const GrnParams&, void* scratch, int64_t begin, int64_t end);    // a task is image * bands + band
   void (*grn_apply)(const GrnParams&, void* scratch, int64_t begin, int64_t end);  // a task is image * bands + band
+  int64_t (*window_scratch)(const WindowParams&);
+  void (*window_attention)(const WindowParams&, void* scratch, int64_t begin, int64_t end);  // a task is slice * heads + head
   int64_t (*map_scratch)(const MapParams&);
   void (*map_sum)(const MapParams&, void* scratch, int64_t begin, int64_t end);    // a task is a slice, or kPlanes planes
   void (*map_apply)(const MapParams&, void* scratch, int64_t begin, int64_t end);  // the same
@@ -171,10 +165,6 @@ struct Kernels {
   void (*layer_forward)(const LayerParams&, int64_t begin, int64_t end);           // a task is kLayerBlock rows of the weight
   void (*layer_backward)(const LayerParams&, int64_t begin, int64_t end);          // a task is kLayerBlock columns
   void (*layer_weight)(const LayerParams&, int64_t begin, int64_t end);            // a task is kLayerBlock rows
-  int64_t (*attention_forward_scratch)(const AttentionParams&);
-  void (*attention_forward)(const AttentionParams&, void* scratch, int64_t begin, int64_t end);   // a task is a window
-  int64_t (*attention_backward_scratch)(const AttentionParams&);
-  void (*attention_backward)(const AttentionParams&, void* scratch, int64_t begin, int64_t end);  // a task is chunk * heads + head
 };
 
 const Kernels& kernels();

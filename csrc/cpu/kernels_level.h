@@ -22,6 +22,7 @@ namespace {
 #include "activation_kernel.h"
 
 #include "global_response_norm_kernel.h"
+
 #include "functions.h"
 
 #include "layer_kernel.h"
@@ -50,6 +51,8 @@ FC_TASKS(gelu, GeluParams, p.x.dtype)
 FC_SCRATCH(grn_scratch, GrnParams, p.x.dtype)
 FC_TASKS(grn_sum, GrnParams, p.x.dtype)
 FC_TASKS(grn_apply, GrnParams, p.x.dtype)
+FC_SCRATCH(window_scratch, WindowParams, p.q.dtype)
+FC_TASKS(window_attention, WindowParams, p.q.dtype)
 FC_SCRATCH(map_scratch, MapParams, p.x.dtype)
 FC_TASKS(map_sum, MapParams, p.x.dtype)
 FC_TASKS(map_apply, MapParams, p.x.dtype)
@@ -63,10 +66,6 @@ FC_SMALL_TASKS(layer_forward, LayerParams)
 FC_SMALL_TASKS(layer_backward, LayerParams)
 FC_SMALL_TASKS(layer_weight, LayerParams)
 
-FC_SCRATCH(attention_forward_scratch, AttentionParams, p.q.array.dtype)
-FC_TASKS(attention_forward, AttentionParams, p.q.array.dtype)
-FC_SCRATCH(attention_backward_scratch, AttentionParams, p.q.array.dtype)
-FC_TASKS(attention_backward, AttentionParams, p.q.array.dtype)
 }  // namespace
 }  // namespace level_*
 
@@ -86,6 +85,8 @@ extern const Kernels FC_TABLE(FASTCONV_LEVEL) = {
     FC_NAMESPACE(FASTCONV_LEVEL)::grn_scratch,
     FC_NAMESPACE(FASTCONV_LEVEL)::grn_sum,
     FC_NAMESPACE(FASTCONV_LEVEL)::grn_apply,
+    FC_NAMESPACE(FASTCONV_LEVEL)::window_scratch,
+    FC_NAMESPACE(FASTCONV_LEVEL)::window_attention,
     FC_NAMESPACE(FASTCONV_LEVEL)::map_scratch,
     FC_NAMESPACE(FASTCONV_LEVEL)::map_sum,
     FC_NAMESPACE(FASTCONV_LEVEL)::map_apply,
@@ -93,10 +94,6 @@ extern const Kernels FC_TABLE(FASTCONV_LEVEL) = {
     FC_NAMESPACE(FASTCONV_LEVEL)::layer_forward,
     FC_NAMESPACE(FASTCONV_LEVEL)::layer_backward,
     FC_NAMESPACE(FASTCONV_LEVEL)::layer_weight,
-    FC_NAMESPACE(FASTCONV_LEVEL)::attention_forward_scratch,
-    FC_NAMESPACE(FASTCONV_LEVEL)::attention_forward,
-    FC_NAMESPACE(FASTCONV_LEVEL)::attention_backward_scratch,
-    FC_NAMESPACE(FASTCONV_LEVEL)::attention_backward,
 };
 
 }  // namespace fastconv::cpu

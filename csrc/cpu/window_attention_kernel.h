@@ -1,330 +1,326 @@
-// Attention in the windows of a map, on the tokens where they lie. Included once per SIMD level.
+// Attention inside shifted windows, one window and head at a time. Included once per SIMD level.
 //
-// One head of one window at a time: its q, k and v (N tokens of D channels) are gathered into scratch, the N x N logits stay
-// there too. Rows of scratch are whole vectors: N and D rounded up to Np and Dp.
+// q, k, v and dy of a window are gathered as rows [N][padded D] in the accumulation type, k and v also as columns
+// [D][padded N], so that every product is of scalars with vectors. Logits of padded columns are -inf: their weights are 0.
 
-template <class A> constexpr int64_t kAttentionRows = kManyRegisters ? 6 : 4;
-template <class A> constexpr int64_t kAttentionVectors = kManyRegisters ? 4 : 2;
+// Lanes past the end of a row are zero where it is a factor, and never read where it is a result.
+template <class A> FC_INLINE int64_t padded(int64_t count) { return round_up(count, kLanes<A>); }
 
-// c[m][n] = sum_k a[m][k] b[k][n] (a[k][m] if kAcross) for kRows rows m and kVectors vectors of columns n.
-template <class A, bool kAcross, int64_t kRows, int64_t kVectors>
-FC_INLINE void product_tile(const A* a, int64_t lda, const A* b, int64_t ldb, A* c, int64_t ldc, int64_t K) {
-  Vec<A> acc[kRows][kVectors];
-  FC_UNROLL for (int64_t i = 0; i < kRows; ++i) {
-    FC_UNROLL for (int64_t j = 0; j < kVectors; ++j) acc[i][j] = zero<A>();
-  }
-  for (int64_t k = 0; k < K; ++k) {
-    Vec<A> row[kVectors];
-    FC_UNROLL for (int64_t j = 0; j < kVectors; ++j) row[j] = load(b + k * ldb + j * kLanes<A>);
-    FC_UNROLL for (int64_t i = 0; i < kRows; ++i) {
-      const A factor = kAcross ? a[k * lda + i] : a[i * lda + k];
-      FC_UNROLL for (int64_t j = 0; j < kVectors; ++j) acc[i][j] += row[j] * factor;
+// c[R][V vectors] = sum over k of a[., k] b[k, .]
+template <class A, int R, int V>
+FC_INLINE void product_block(const A* a, int64_t a_row, int64_t a_step, const A* b, int64_t b_step, int64_t steps, A* c, int64_t c_row) {
+  Vec<A> sum[R][V] = {};
+  for (int64_t k = 0; k < steps; ++k) {
+    Vec<A> right[V];
+    FC_UNROLL for (int v = 0; v < V; ++v) right[v] = load(b + k * b_step + v * kLanes<A>);
+    FC_UNROLL for (int r = 0; r < R; ++r) {
+      const Vec<A> left = broadcast<A>(a[r * a_row + k * a_step]);
+      FC_UNROLL for (int v = 0; v < V; ++v) sum[r][v] += left * right[v];
     }
   }
-  FC_UNROLL for (int64_t i = 0; i < kRows; ++i) {
-    FC_UNROLL for (int64_t j = 0; j < kVectors; ++j) store(c + i * ldc + j * kLanes<A>, acc[i][j]);
+  FC_UNROLL for (int r = 0; r < R; ++r) FC_UNROLL for (int v = 0; v < V; ++v) store(c + r * c_row + v * kLanes<A>, sum[r][v]);
+}
+// As many sums as leave registers for the factors.
+template <class A, int V>
+void product_columns(int64_t rows, const A* a, int64_t a_row, int64_t a_step, const A* b, int64_t b_step, int64_t steps, A* c, int64_t c_row) {
+  constexpr int R = (kManyRegisters ? 24 : 12) / V, kFew = R < 4 ? 2 : 4;
+  int64_t i = 0;
+  for (; i + R <= rows; i += R) product_block<A, R, V>(a + i * a_row, a_row, a_step, b, b_step, steps, c + i * c_row, c_row);
+  for (; i + kFew <= rows; i += kFew) product_block<A, kFew, V>(a + i * a_row, a_row, a_step, b, b_step, steps, c + i * c_row, c_row);
+  for (; i < rows; ++i) product_block<A, 1, V>(a + i * a_row, a_row, a_step, b, b_step, steps, c + i * c_row, c_row);
+}
+// c (rows x columns) = a b; columns is a multiple of a vector. With a_row = 1, a_step = its row length, a is transposed.
+template <class A> void product(int64_t rows, const A* a, int64_t a_row, int64_t a_step, const A* b, int64_t columns, int64_t steps, A* c) {
+  constexpr int64_t L = kLanes<A>, kMost = kManyRegisters ? 4 : 2;
+  for (int64_t j = 0; j < columns;) {
+    const int64_t left = (columns - j) / L, vectors = left < kMost ? left : kMost;
+    if (vectors == 4) product_columns<A, 4>(rows, a, a_row, a_step, b + j, columns, steps, c + j, columns);
+    else if (vectors == 3) product_columns<A, 3>(rows, a, a_row, a_step, b + j, columns, steps, c + j, columns);
+    else if (vectors == 2) product_columns<A, 2>(rows, a, a_row, a_step, b + j, columns, steps, c + j, columns);
+    else product_columns<A, 1>(rows, a, a_row, a_step, b + j, columns, steps, c + j, columns);
+    j += vectors * L;
   }
 }
 
-template <class A, bool kAcross, int64_t kVectors>
-FC_INLINE void product_columns(const A* a, int64_t lda, const A* b, int64_t ldb, A* c, int64_t ldc, int64_t M, int64_t K) {
-  constexpr int64_t kRows = kAttentionRows<A>;
-  const int64_t next = kAcross ? 1 : lda;
-  int64_t m = 0;
-  for (; m + kRows <= M; m += kRows) product_tile<A, kAcross, kRows, kVectors>(a + m * next, lda, b, ldb, c + m * ldc, ldc, K);
-  for (; m + 2 <= M; m += 2) product_tile<A, kAcross, 2, kVectors>(a + m * next, lda, b, ldb, c + m * ldc, ldc, K);
-  for (; m < M; ++m) product_tile<A, kAcross, 1, kVectors>(a + m * next, lda, b, ldb, c + m * ldc, ldc, K);
+template <class A> FC_INLINE A largest_lane(Vec<A> v) {
+  alignas(64) A lanes[kLanes<A>];
+  store(lanes, v);
+  for (int64_t half = kLanes<A> / 2; half > 0; half /= 2)
+    for (int64_t i = 0; i < half; ++i) lanes[i] = lanes[i + half] > lanes[i] ? lanes[i + half] : lanes[i];
+  return lanes[0];
 }
 
-// c (M, N) = a (M, K) b (K, N), or with kAcross a^T (K, M) b; N a multiple of the vector.
-template <class A, bool kAcross> void product(const A* a, int64_t lda, const A* b, int64_t ldb, A* c, int64_t ldc, int64_t M, int64_t N, int64_t K) {
-  constexpr int64_t kVectors = kAttentionVectors<A>, kTile = kVectors * kLanes<A>;
-  int64_t n = 0;
-  for (; n + kTile <= N; n += kTile) product_columns<A, kAcross, kVectors>(a, lda, b + n, ldb, c + n, ldc, M, K);
-  if constexpr (kVectors == 4) {
-    for (; n + 2 * kLanes<A> <= N; n += 2 * kLanes<A>) product_columns<A, kAcross, 2>(a, lda, b + n, ldb, c + n, ldc, M, K);
+// The lanes of a and b in turn, from lane kFrom on.
+template <class A, int kFrom, int... I> FC_INLINE Vec<A> interleave(Vec<A> a, Vec<A> b, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(a, b, (I / 2 + kFrom + I % 2 * static_cast<int>(kLanes<A>))...);
+}
+// A square of kLanes vectors, transposed: of the bits of an element's place, row above lane, each step rotates one.
+template <class A> FC_INLINE void transpose_square(Vec<A>* v) {
+  constexpr int L = kLanes<A>;
+  constexpr auto kIndices = std::make_integer_sequence<int, L>{};
+  FC_UNROLL for (int step = 1; step < L; step *= 2) {
+    Vec<A> next[L];
+    FC_UNROLL for (int i = 0; i < L / 2; ++i) {
+      next[2 * i] = interleave<A, 0>(v[i], v[i + L / 2], kIndices);
+      next[2 * i + 1] = interleave<A, L / 2>(v[i], v[i + L / 2], kIndices);
+    }
+    FC_UNROLL for (int i = 0; i < L; ++i) v[i] = next[i];
   }
-  for (; n < N; n += kLanes<A>) product_columns<A, kAcross, 1>(a, lda, b + n, ldb, c + n, ldc, M, K);
+}
+template <class A> FC_INLINE A dot(const A* a, const A* b, int64_t count) {
+  Vec<A> sum = zero<A>();
+  for (int64_t i = 0; i < count; i += kLanes<A>) sum += load(a + i) * load(b + i);
+  return sum_lanes<A>(sum);
 }
 
-template <class A> FC_INLINE int64_t whole(int64_t n) { return round_up(n, kLanes<A>); }
+// A task's view of its head, and a thread's buffers.
+template <class A> struct WindowTask {
+  const WindowParams& p;
+  int64_t head, N, Np, D, Dp;
+  A factor;                                 // of the logits
+  A *q, *k, *v, *dy, *out;                  // [N][Dp]
+  A *k_columns, *v_columns;                 // [D][Np]
+  A *weights, *slope, *bias, *dbias;        // [N][Np]
+  A* mask;                                  // [4][Np]: what a query of each region adds to its logits
+  A *q_inverse, *k_inverse;                 // [N]: 1 / norm, with logit_scale
+  A* dpad;                                  // [3][Dp]
+  int64_t *pixel_row, *pixel_column;        // [wh], [ww]: of the window's tokens in the map, -1 where padded
+  uint8_t* region;                          // [N]
+  bool masked;
 
-// Where the tokens of a window are: the pixel of the image, or -1 where the map is padded, and the region it lay in before it was
-// rolled.
-struct WindowTokens {
-  int64_t* pixel;
-  float* region;
-  bool mixed;  // of several regions
+  WindowTask(const WindowParams& params, char* scratch)
+      : p(params), N(p.wh * p.ww), Np(padded<A>(N)), D(p.D), Dp(padded<A>(D)) {
+    for (A** rows : {&q, &k, &v, &dy, &out}) *rows = carve<A>(scratch, N * Dp);
+    for (A** columns : {&k_columns, &v_columns}) *columns = carve<A>(scratch, D * Np);
+    for (A** square : {&weights, &slope, &bias, &dbias}) *square = carve<A>(scratch, N * Np);
+    mask = carve<A>(scratch, 4 * Np);
+    for (A** vector : {&q_inverse, &k_inverse}) *vector = carve<A>(scratch, N);
+    dpad = carve<A>(scratch, 3 * Dp);
+    pixel_row = carve<int64_t>(scratch, p.wh);
+    pixel_column = carve<int64_t>(scratch, p.ww);
+    region = carve<uint8_t>(scratch, N);
+  }
+
+  // f(place in [N][Np], row of the bias table), for each pair of query and key.
+  template <class F> FC_INLINE void for_pairs(F&& f) {
+    for (int64_t a = 0, i = 0; a < p.wh; ++a)
+      for (int64_t b = 0; b < p.ww; ++b, ++i)
+        for (int64_t c = 0, j = i * Np; c < p.wh; ++c) {
+          const int64_t row = (a - c + p.wh - 1) * (2 * p.ww - 1) + b + p.ww - 1;
+          for (int64_t d = 0; d < p.ww; ++d, ++j) f(j, row - d);
+        }
+  }
+
+  void begin(int64_t head_of_task) {
+    head = head_of_task;
+    factor = p.logit_scale ? static_cast<const A*>(p.logit_scale)[head] : static_cast<A>(p.scale);
+    const A* table = static_cast<const A*>(p.table);
+    for_pairs([&](int64_t pair, int64_t row) __attribute__((always_inline)) { bias[pair] = table ? table[row * p.heads + head] : A(0); });
+    for (int64_t i = 0; i < N; ++i)
+      for (int64_t j = N; j < Np; ++j) bias[i * Np + j] = -static_cast<A>(__builtin_inf());
+  }
+
+  // Which tokens are in a window: (i + shift) mod the size of what is shifted, which is the map or the padded map.
+  static void locate(int64_t* pixel, int64_t window, int64_t size, int64_t first, int64_t shift, bool pad_first) {
+    for (int64_t a = 0; a < window; ++a) {
+      const int64_t i = first + a, whole = round_up(size, window);
+      const int64_t at = pad_first ? (i + shift) % whole : i < size ? (i + shift) % size : size;
+      pixel[a] = at < size ? at : -1;
+    }
+  }
+  void locate(int64_t row, int64_t column) {
+    locate(pixel_row, p.wh, p.H, row * p.wh, p.sh, p.pad_first);
+    locate(pixel_column, p.ww, p.W, column * p.ww, p.sw, p.pad_first);
+    // The shift brings the far ends of an axis together in its last window.
+    const bool last_row = p.sh && row == p.rows - 1, last_column = p.sw && column == p.columns - 1;
+    masked = last_row || last_column;
+    if (!masked) return;
+    for (int64_t a = 0, i = 0; a < p.wh; ++a)
+      for (int64_t b = 0; b < p.ww; ++b, ++i)
+        region[i] = static_cast<uint8_t>(2 * (last_row && a >= p.wh - p.sh) + (last_column && b >= p.ww - p.sw));
+    for (int64_t r = 0; r < 4; ++r)
+      for (int64_t j = 0; j < Np; ++j) mask[r * Np + j] = j < N && region[j] != r ? static_cast<A>(p.mask_value) : A(0);
+  }
+
+  // Calls f(token, row of the map, column of the map); -1, -1 for a padded token.
+  template <class F> FC_INLINE void for_tokens(F&& f) {
+    for (int64_t a = 0, i = 0; a < p.wh; ++a)
+      for (int64_t b = 0; b < p.ww; ++b, ++i) {
+        const bool inside = pixel_row[a] >= 0 && pixel_column[b] >= 0;
+        f(i, inside ? pixel_row[a] : -1, inside ? pixel_column[b] : -1);
+      }
+  }
+
+  // Rows of `from`, whose element (image, row, column, head) begins at the given strides; `pad` for padded tokens.
+  void gather(Array from, const int64_t* stride, int64_t image, const A* pad, A* to) {
+    with_type<A>(from.dtype, [&](auto* type) __attribute__((always_inline)) {
+      using T = std::remove_cv_t<std::remove_pointer_t<decltype(type)>>;
+      const T* base = static_cast<const T*>(from.data) + image * stride[0] + head * stride[3];
+      for_tokens([&](int64_t i, int64_t h, int64_t w) __attribute__((always_inline)) {
+        for (int64_t d = 0; d < D; d += kLanes<A>) {
+          const int64_t lanes = D - d < kLanes<A> ? D - d : kLanes<A>;
+          Vec<A> value = zero<A>();
+          if (h >= 0) value = load_lanes<A>(base + h * stride[1] + w * stride[2] + d, lanes);
+          else if (pad) value = load_lanes<A>(pad + d, lanes);
+          store(to + i * Dp + d, value);
+        }
+      });
+    });
+  }
+  void transpose(const A* rows, A* columns) {
+    constexpr int64_t L = kLanes<A>;
+    for (int64_t j = 0; j < Np; j += L)
+      for (int64_t d = 0; d < Dp; d += L) {
+        Vec<A> square[L];
+        FC_UNROLL for (int64_t i = 0; i < L; ++i) square[i] = j + i < N ? load(rows + (j + i) * Dp + d) : zero<A>();
+        transpose_square<A>(square);
+        FC_UNROLL for (int64_t i = 0; i < L; ++i) {
+          if (d + i < D) store(columns + (d + i) * Np + j, square[i]);
+        }
+      }
+  }
+  void normalize(A* rows, A* inverse) {
+    for (int64_t i = 0; i < N; ++i) {
+      const A norm = static_cast<A>(__builtin_sqrt(dot(rows + i * Dp, rows + i * Dp, Dp)));
+      inverse[i] = 1 / (norm < A(kEps) ? A(kEps) : norm);
+      for (int64_t d = 0; d < Dp; d += kLanes<A>) store(rows + i * Dp + d, load(rows + i * Dp + d) * inverse[i]);
+    }
+  }
+  static constexpr double kEps = 1e-12;
+
+  void gather_qkv(int64_t image) {
+    const A* pad = static_cast<const A*>(p.pad);
+    const auto pad_of = [&](int64_t part) { return pad ? pad + (part * p.heads + head) * D : nullptr; };
+    gather(p.q, p.stride[0], image, pad_of(0), q);
+    gather(p.k, p.stride[1], image, pad_of(1), k);
+    gather(p.v, p.stride[2], image, pad_of(2), v);
+    if (p.logit_scale) {
+      normalize(q, q_inverse);
+      normalize(k, k_inverse);
+    }
+    transpose(k, k_columns);
+  }
+
+  // weights = exp(logits - max); inverse of the sum of row i in f(i, .).
+  template <class F> FC_INLINE void softmax(F&& f) {
+    product<A>(N, q, Dp, 1, k_columns, Np, D, weights);
+    for (int64_t i = 0; i < N; ++i) {
+      A* row = weights + i * Np;
+      const A* extra = masked ? mask + region[i] * Np : nullptr;
+      Vec<A> most = broadcast<A>(-static_cast<A>(__builtin_inf())), sum = zero<A>();
+      for (int64_t j = 0; j < Np; j += kLanes<A>) {
+        Vec<A> logit = load(row + j) * factor + load(bias + i * Np + j);
+        if (extra) logit += load(extra + j);
+        store(row + j, logit);
+        most = logit > most ? logit : most;
+      }
+      const A top = largest_lane<A>(most);
+      for (int64_t j = 0; j < Np; j += kLanes<A>) {
+        const Vec<A> e = exponential(load(row + j) - top);
+        store(row + j, e);
+        sum += e;
+      }
+      f(i, 1 / sum_lanes<A>(sum));
+    }
+  }
+
+  void forward(int64_t image) {
+    gather_qkv(image);
+    A* inverse = slope;
+    softmax([&](int64_t i, A value) __attribute__((always_inline)) { inverse[i] = value; });
+    product<A>(N, weights, Np, 1, v, Dp, N, out);
+    for_tokens([&](int64_t i, int64_t h, int64_t w) __attribute__((always_inline)) {
+      if (h < 0) return;
+      for (int64_t d = 0; d < Dp; d += kLanes<A>) store(out + i * Dp + d, load(out + i * Dp + d) * inverse[i]);
+      write(p.out, (((image * p.H + h) * p.W + w) * p.heads + head) * D, D, out + i * Dp);
+    });
+  }
+
+  // dS = P (dP - sum over the row of P dP), added to dbias; then dv = P^T dy, dq = dS k, dk = dS^T q.
+  void backward(int64_t image, A* dlogit_scale) {
+    const int64_t C = p.heads * D, stride[4] = {p.H * p.W * C, p.W * C, C, D};
+    gather_qkv(image);
+    gather(p.dy, stride, image, nullptr, dy);
+    transpose(v, v_columns);
+    product<A>(N, dy, Dp, 1, v_columns, Np, D, slope);
+    softmax([&](int64_t i, A inverse) __attribute__((always_inline)) {
+      A *weight = weights + i * Np, *s = slope + i * Np, *sum = dbias + i * Np;
+      Vec<A> through = zero<A>();
+      for (int64_t j = 0; j < Np; j += kLanes<A>) {
+        const Vec<A> scaled = load(weight + j) * inverse;
+        store(weight + j, scaled);
+        through += scaled * load(s + j);
+      }
+      const A delta = sum_lanes<A>(through);
+      for (int64_t j = 0; j < Np; j += kLanes<A>) {
+        const Vec<A> ds = load(weight + j) * (load(s + j) - delta);
+        store(s + j, ds);
+        store(sum + j, load(sum + j) + ds);
+      }
+    });
+    product<A>(N, weights, 1, Np, dy, Dp, N, out);
+    scatter(image, 2, out);
+    product<A>(N, slope, Np, 1, k, Dp, N, out);
+    if (p.logit_scale)
+      for (int64_t i = 0; i < N; ++i) *dlogit_scale += dot(out + i * Dp, q + i * Dp, Dp);
+    through_factor(q, q_inverse, out);
+    scatter(image, 0, out);
+    product<A>(N, slope, 1, Np, q, Dp, N, out);
+    through_factor(k, k_inverse, out);
+    scatter(image, 1, out);
+  }
+  // Gradient of q or k from that of their product: the factor, and the norm where there is one.
+  void through_factor(const A* rows, const A* inverse, A* grad) {
+    for (int64_t i = 0; i < N; ++i) {
+      A *g = grad + i * Dp, scale = factor, along = 0;
+      const A* row = rows + i * Dp;
+      if (p.logit_scale) {
+        scale *= inverse[i];
+        along = inverse[i] < A(1 / kEps) ? dot(g, row, Dp) : A(0);  // a smaller norm is a constant
+      }
+      for (int64_t d = 0; d < Dp; d += kLanes<A>) store(g + d, (load(g + d) - load(row + d) * along) * scale);
+    }
+  }
+  void scatter(int64_t image, int64_t part, const A* rows) {
+    for_tokens([&](int64_t i, int64_t h, int64_t w) __attribute__((always_inline)) {
+      if (h >= 0) return write(p.out, ((((image * p.H + h) * p.W + w) * 3 + part) * p.heads + head) * D, D, rows + i * Dp);
+      A* sum = dpad + part * Dp;
+      for (int64_t d = 0; d < Dp; d += kLanes<A>) store(sum + d, load(sum + d) + load(rows + i * Dp + d));
+    });
+  }
 };
 
-FC_INLINE int64_t region_of(int64_t place, int64_t size, int64_t window, int64_t shift) {
-  return shift == 0 || place < size - window ? 0 : place < size - shift ? 1 : 2;
-}
-FC_INLINE int64_t source_of(int64_t place, int64_t shift, int64_t size, int64_t padded, bool pad_first) {
-  if (!pad_first) return place >= size ? -1 : place + shift < size ? place + shift : place + shift - size;
-  const int64_t source = place + shift < padded ? place + shift : place + shift - padded;
-  return source < size ? source : -1;
-}
-
-FC_INLINE void find_tokens(const AttentionParams& p, int64_t window, WindowTokens& t) {
-  const int64_t across = p.Wp / p.ww, y0 = window / across * p.wh, x0 = window % across * p.ww;
-  t.mixed = false;
-  for (int64_t i = 0; i < p.wh; ++i) {
-    const int64_t y = source_of(y0 + i, p.sh, p.H, p.Hp, p.pad_first), above = region_of(y0 + i, p.Hp, p.wh, p.sh);
-    for (int64_t j = 0; j < p.ww; ++j) {
-      const int64_t x = source_of(x0 + j, p.sw, p.W, p.Wp, p.pad_first), n = i * p.ww + j;
-      t.pixel[n] = y < 0 || x < 0 ? -1 : y * p.W + x;
-      t.region[n] = static_cast<float>(3 * above + region_of(x0 + j, p.Wp, p.ww, p.sw));
-      t.mixed |= t.region[n] != t.region[0];
-    }
-  }
+template <class A> int64_t window_scratch_as(const WindowParams& p) {
+  const int64_t N = p.wh * p.ww, Np = padded<A>(N), Dp = padded<A>(p.D);
+  const auto bytes = [](int64_t count, int64_t size) { return aligned_bytes(count * size); };
+  const int64_t size = sizeof(A);
+  return 5 * bytes(N * Dp, size) + 2 * bytes(p.D * Np, size) + 4 * bytes(N * Np, size) + bytes(4 * Np, size) + 2 * bytes(N, size) +
+         bytes(3 * Dp, size) + bytes(p.wh, 8) + bytes(p.ww, 8) + bytes(N, 1);
 }
 
-// Tokens of one head into rows of Dp, times `factor`; `pad` for those that the image does not have.
-template <class A, class T>
-FC_INLINE void gather_as(const AttentionParams& p, const WindowTokens& t, const T* from, const int64_t (&stride)[2], const A* pad, A factor, A* to) {
-  const int64_t N = p.wh * p.ww, Dp = whole<A>(p.D);
-  for (int64_t n = 0; n < N; ++n, to += Dp) {
-    const int64_t pixel = t.pixel[n];
-    if (pixel >= 0) {
-      const T* row = from + pixel / p.W * stride[0] + pixel % p.W * stride[1];
-      for (int64_t d = 0; d < p.D; d += kLanes<A>) store(to + d, load_lanes<A>(row + d, p.D - d < kLanes<A> ? p.D - d : kLanes<A>) * factor);
-    } else {
-      for (int64_t d = 0; d < Dp; ++d) to[d] = pad && d < p.D ? pad[d] * factor : A(0);
-    }
-  }
-}
-template <class A>
-void gather(const AttentionParams& p, const WindowTokens& t, const Tokens& tokens, int64_t b, int64_t head, const void* pad, A factor, A* to) {
-  const int64_t stride[2] = {tokens.stride_h, tokens.stride_w};
-  with_type<A>(tokens.array.dtype, [&](auto* type) __attribute__((always_inline)) {
-    using T = std::remove_cv_t<std::remove_pointer_t<decltype(type)>>;
-    gather_as<A, T>(p, t, reinterpret_cast<const T*>(at(tokens.array, b * tokens.stride_b + head * tokens.stride_head)), stride, static_cast<const A*>(pad), factor, to);
-  });
-}
-
-// Rows of Dp back to their tokens; what belongs to padded ones is added up in `pad` if there is one.
-template <class A> void scatter(const AttentionParams& p, const WindowTokens& t, MutableArray to, int64_t begin, int64_t stride, const A* rows, A* pad) {
-  const int64_t N = p.wh * p.ww, Dp = whole<A>(p.D);
-  with_type<A>(to.dtype, [&](auto* type) __attribute__((always_inline)) {
-    using T = std::remove_cv_t<std::remove_pointer_t<decltype(type)>>;
-    T* first = reinterpret_cast<T*>(at(to, begin));
-    for (int64_t n = 0; n < N; ++n) {
-      const A* row = rows + n * Dp;
-      if (t.pixel[n] >= 0) {
-        for (int64_t d = 0; d < p.D; d += kLanes<A>)
-          store_lanes<A>(first + t.pixel[n] * stride + d, load(row + d), p.D - d < kLanes<A> ? p.D - d : kLanes<A>);
-      } else if (pad) {
-        for (int64_t d = 0; d < p.D; ++d) pad[d] += row[d];
-      }
-    }
-  });
-}
-
-// to (D, Np) = from (N, Dp) transposed; columns from N on are zeros.
-template <class A> void transpose(const A* from, int64_t N, int64_t D, A* to) {
-  const int64_t Dp = whole<A>(D), Np = whole<A>(N);
-  for (int64_t n = 0; n < Np; n += kLanes<A>)
-    for (int64_t d = 0; d < D; ++d) {
-      Vec<A> v = zero<A>();
-      for (int64_t i = 0; i < kLanes<A>; ++i)
-        if (n + i < N) v[i] = from[(n + i) * Dp + d];
-      store(to + d * Np + n, v);
-    }
-}
-
-// Divides each row by its norm, or by 1e-12 where that is less; 1 / norm into `inverse`, negative where it was less.
-template <class A> void normalize(A* rows, int64_t N, int64_t D, A* inverse) {
-  constexpr A kEps = A(1e-12);
-  const int64_t Dp = whole<A>(D);
-  for (int64_t n = 0; n < N; ++n, rows += Dp) {
-    Vec<A> squares = zero<A>();
-    for (int64_t d = 0; d < Dp; d += kLanes<A>) squares += load(rows + d) * load(rows + d);
-    const A norm = static_cast<A>(__builtin_sqrt(sum_lanes<A>(squares)));
-    const bool small = norm < kEps;
-    const A factor = A(1) / (small ? kEps : norm);
-    inverse[n] = small ? -factor : factor;
-    for (int64_t d = 0; d < Dp; d += kLanes<A>) store(rows + d, load(rows + d) * factor);
-  }
-}
-
-// The gradient of rows before `normalize` from that of its result, in place: (g - x (x g)) / norm.
-template <class A> void normalize_backward(const A* rows, const A* inverse, int64_t N, int64_t D, A* grad) {
-  const int64_t Dp = whole<A>(D);
-  for (int64_t n = 0; n < N; ++n, rows += Dp, grad += Dp) {
-    Vec<A> products = zero<A>();
-    for (int64_t d = 0; d < Dp; d += kLanes<A>) products += load(rows + d) * load(grad + d);
-    const A along = inverse[n] < 0 ? A(0) : sum_lanes<A>(products), factor = inverse[n] < 0 ? -inverse[n] : inverse[n];
-    for (int64_t d = 0; d < Dp; d += kLanes<A>) store(grad + d, (load(grad + d) - load(rows + d) * along) * factor);
-  }
-}
-
-// Logits to probabilities, in place: + bias + mask, softmax over the first N of the Np columns, zeros after them.
-template <class A> void softmax_rows(const AttentionParams& p, const WindowTokens& t, const A* bias, A* rows) {
-  const int64_t N = p.wh * p.ww, Np = whole<A>(N), last = Np - kLanes<A>;
-  Vec<A> lane;
-  for (int64_t i = 0; i < kLanes<A>; ++i) lane[i] = static_cast<A>(last + i);
-  const auto real = lane < broadcast<A>(static_cast<A>(N));
-  const Vec<A> lowest = broadcast<A>(-static_cast<A>(__builtin_inf())), mask = broadcast<A>(static_cast<A>(p.mask_value));
-  for (int64_t m = 0; m < N; ++m) {
-    A* row = rows + m * Np;
-    const float region = t.region[m];
-    Vec<A> high = lowest;
-    for (int64_t n = 0; n < Np; n += kLanes<A>) {
-      Vec<A> v = load(row + n);
-      const int64_t lanes = n < last ? kLanes<A> : N - last;
-      if (bias) v += load_lanes<A>(bias + m * N + n, lanes);
-      if (t.mixed) {
-        Vec<A> apart;
-        for (int64_t i = 0; i < kLanes<A>; ++i) apart[i] = static_cast<A>(t.region[n + i]);
-        v += apart == broadcast<A>(static_cast<A>(region)) ? zero<A>() : mask;
-      }
-      if (n == last) v = real ? v : lowest;
-      high = v > high ? v : high;
-      store(row + n, v);
-    }
-    A largest = high[0];
-    for (int64_t i = 1; i < kLanes<A>; ++i) largest = high[i] > largest ? high[i] : largest;
-    Vec<A> sums = zero<A>();
-    for (int64_t n = 0; n < Np; n += kLanes<A>) {
-      const Vec<A> x = load(row + n) - largest;
-      const Vec<A> e = x == x ? exponential(x) : x;
-      sums += e;
-      store(row + n, e);
-    }
-    const A factor = A(1) / sum_lanes<A>(sums);
-    for (int64_t n = 0; n < Np; n += kLanes<A>) store(row + n, load(row + n) * factor);
-  }
-}
-
-// dS = P (dP - rowsum(P dP)), into dP.
-template <class A> void softmax_backward(const A* probabilities, int64_t N, A* grad) {
-  const int64_t Np = whole<A>(N);
-  for (int64_t m = 0; m < N; ++m, probabilities += Np, grad += Np) {
-    for (int64_t n = N; n < Np; ++n) grad[n] = A(0);  // beside them an Inf would make NaN
-    Vec<A> products = zero<A>();
-    for (int64_t n = 0; n < Np; n += kLanes<A>) products += load(probabilities + n) * load(grad + n);
-    const A delta = sum_lanes<A>(products);
-    for (int64_t n = 0; n < Np; n += kLanes<A>) store(grad + n, load(probabilities + n) * (load(grad + n) - delta));
-    for (int64_t n = N; n < Np; ++n) grad[n] = A(0);
-  }
-}
-
-template <class A> FC_INLINE int64_t attention_bytes(const AttentionParams& p, bool backward) {
-  const int64_t N = p.wh * p.ww, Np = whole<A>(N), Dp = whole<A>(p.D);
-  const int64_t tokens = N * Dp * (backward ? 5 : 4), turned = Dp * Np, logits = N * Np * (backward ? 3 : 1);
-  return (tokens + turned + logits + 2 * Np) * static_cast<int64_t>(sizeof(A)) + Np * 12 + 64 * 16;
-}
-template <class A> int64_t attention_forward_scratch_as(const AttentionParams& p) { return attention_bytes<A>(p, false); }
-template <class A> int64_t attention_backward_scratch_as(const AttentionParams& p) { return attention_bytes<A>(p, true); }
-
-template <class A> FC_INLINE const A* head_of(const void* values, int64_t head, int64_t size) {
-  return values ? static_cast<const A*>(values) + head * size : nullptr;
-}
-
-// q, k and v of a window's head, the logits' factor in q, or the norms of q and k in `inverse`; the probabilities.
-template <class A>
-void attention_probabilities(const AttentionParams& p, const WindowTokens& t, int64_t b, int64_t head, A* q, A* k, A* v, A* turned, A* inverse, A* P) {
-  const int64_t N = p.wh * p.ww, Np = whole<A>(N), Dp = whole<A>(p.D);
-  const auto pad = [&](int part) { return p.pad ? static_cast<const A*>(p.pad) + (part * p.heads + head) * p.D : nullptr; };
-  const bool cosine = p.logit_scale != nullptr;
-  gather<A>(p, t, p.q, b, head, pad(0), cosine ? A(1) : static_cast<A>(p.scale), q);
-  gather<A>(p, t, p.k, b, head, pad(1), A(1), k);
-  gather<A>(p, t, p.v, b, head, pad(2), A(1), v);
-  if (cosine) {
-    normalize<A>(q, N, p.D, inverse);
-    normalize<A>(k, N, p.D, inverse + Np);
-    const A factor = *head_of<A>(p.logit_scale, head, 1);
-    for (int64_t i = 0; i < N * Dp; i += kLanes<A>) store(q + i, load(q + i) * factor);
-  }
-  transpose<A>(k, N, p.D, turned);
-  product<A, false>(q, Dp, turned, Np, P, Np, N, Np, p.D);
-  softmax_rows<A>(p, t, head_of<A>(p.bias, head, N * N), P);
-}
-
-template <class A> FC_INLINE WindowTokens window_tokens(const AttentionParams& p, char*& scratch) {
-  const int64_t Np = whole<A>(p.wh * p.ww);
-  WindowTokens t{carve<int64_t>(scratch, Np), carve<float>(scratch, Np), false};
-  for (int64_t n = 0; n < Np; ++n) t.region[n] = 0;
-  return t;
-}
-
-template <class A> void attention_forward_as(const AttentionParams& p, char* scratch, int64_t begin, int64_t end) {
-  const int64_t N = p.wh * p.ww, Np = whole<A>(N), Dp = whole<A>(p.D), windows = p.Hp / p.wh * (p.Wp / p.ww);
-  WindowTokens t = window_tokens<A>(p, scratch);
-  A *q = carve<A>(scratch, N * Dp), *k = carve<A>(scratch, N * Dp), *v = carve<A>(scratch, N * Dp), *y = carve<A>(scratch, N * Dp);
-  A *turned = carve<A>(scratch, Dp * Np), *P = carve<A>(scratch, N * Np), *inverse = carve<A>(scratch, 2 * Np);
-  for (int64_t task = begin; task < end; ++task) {
-    const int64_t b = task / windows;
-    find_tokens(p, task % windows, t);
-    for (int64_t head = 0; head < p.heads; ++head) {
-      attention_probabilities<A>(p, t, b, head, q, k, v, turned, inverse, P);
-      product<A, false>(P, Np, v, Dp, y, Dp, N, Dp, N);
-      scatter<A>(p, t, p.y, b * p.H * p.W * p.heads * p.D + head * p.D, p.heads * p.D, y, nullptr);
-    }
-  }
-}
-
-// A task is the windows of one chunk, for one head: its share of the sums over windows is one row of the partials.
-template <class A> void attention_backward_as(const AttentionParams& p, char* scratch, int64_t begin, int64_t end) {
-  const int64_t N = p.wh * p.ww, Np = whole<A>(N), Dp = whole<A>(p.D), windows = p.Hp / p.wh * (p.Wp / p.ww);
-  const int64_t all = p.B * windows, row = p.H * p.W;
-  WindowTokens t = window_tokens<A>(p, scratch);
-  A *q = carve<A>(scratch, N * Dp), *k = carve<A>(scratch, N * Dp), *v = carve<A>(scratch, N * Dp), *dy = carve<A>(scratch, N * Dp), *grad = carve<A>(scratch, N * Dp);
-  A *turned = carve<A>(scratch, Dp * Np), *P = carve<A>(scratch, N * Np), *dS = carve<A>(scratch, N * Np), *dbias = carve<A>(scratch, N * Np);
-  A* inverse = carve<A>(scratch, 2 * Np);
-  for (int64_t task = begin; task < end; ++task) {
-    const int64_t chunk = task / p.heads, head = task % p.heads;
-    A* dpad = p.dpad ? static_cast<A*>(p.dpad) + (chunk * 3 * p.heads + head) * p.D : nullptr;
-    const auto dpad_of = [&](int part) { return dpad ? dpad + part * p.heads * p.D : nullptr; };
-    for (int part = 0; dpad && part < 3; ++part)
-      for (int64_t d = 0; d < p.D; ++d) dpad_of(part)[d] = A(0);
-    for (int64_t i = 0; i < N * Np; i += kLanes<A>) store(dbias + i, zero<A>());
+// A task is slice * heads + head. Backward where dy is given: partial of a task holds dtable, dlogit_scale and dpad of its head.
+template <class A> void window_attention_as(const WindowParams& p, char* scratch, int64_t begin, int64_t end) {
+  WindowTask<A> task(p, scratch);
+  const int64_t windows = p.rows * p.columns, positions = (2 * p.wh - 1) * (2 * p.ww - 1), count = positions + 1 + 3 * p.D;
+  for (int64_t t = begin; t < end; ++t) {
+    const int64_t slice = t / p.heads, stop = part_begin(p.B * windows, p.slices, slice + 1);
     A dlogit_scale = 0;
-    for (int64_t window = all * chunk / p.chunks; window < all * (chunk + 1) / p.chunks; ++window) {
-      const int64_t b = window / windows;
-      find_tokens(p, window % windows, t);
-      attention_probabilities<A>(p, t, b, head, q, k, v, turned, inverse, P);
-      const Tokens dout{p.dy, row * p.heads * p.D, p.W * p.heads * p.D, p.heads * p.D, p.D};
-      gather<A>(p, t, dout, b, head, nullptr, A(1), dy);
-      const auto put = [&](int part) {
-        scatter<A>(p, t, p.dqkv, part * p.part_stride + b * row * p.pixel_stride + head * p.D, p.pixel_stride, grad, dpad_of(part));
-      };
-      product<A, true>(P, Np, dy, Dp, grad, Dp, N, Dp, N);
-      put(2);
-      transpose<A>(v, N, p.D, turned);
-      product<A, false>(dy, Dp, turned, Np, dS, Np, N, Np, p.D);
-      softmax_backward<A>(P, N, dS);
-      if (p.dbias) {
-        for (int64_t i = 0; i < N * Np; i += kLanes<A>) store(dbias + i, load(dbias + i) + load(dS + i));
-      }
-      product<A, true>(dS, Np, q, Dp, grad, Dp, N, Dp, N);  // of k, or of k / |k|
-      if (p.logit_scale) normalize_backward<A>(k, inverse + Np, N, p.D, grad);
-      put(1);
-      product<A, false>(dS, Np, k, Dp, grad, Dp, N, Dp, N);  // of scale q, or of logit_scale q / |q|
-      if (p.logit_scale) {
-        const A factor = *head_of<A>(p.logit_scale, head, 1);
-        // q / |q| again: the factor may be 0
-        const auto pad = p.pad ? static_cast<const A*>(p.pad) + head * p.D : nullptr;
-        gather<A>(p, t, p.q, b, head, pad, A(1), q);
-        normalize<A>(q, N, p.D, inverse);
-        Vec<A> products = zero<A>();
-        for (int64_t i = 0; i < N * Dp; i += kLanes<A>) {
-          products += load(q + i) * load(grad + i);
-          store(grad + i, load(grad + i) * factor);
-        }
-        dlogit_scale += sum_lanes<A>(products);
-        normalize_backward<A>(q, inverse, N, p.D, grad);
-      } else {
-        for (int64_t i = 0; i < N * Dp; i += kLanes<A>) store(grad + i, load(grad + i) * static_cast<A>(p.scale));
-      }
-      put(0);
+    task.begin(t % p.heads);
+    if (p.dy.data) {
+      for (int64_t i = 0; i < task.N * task.Np; ++i) task.dbias[i] = 0;
+      for (int64_t i = 0; i < 3 * task.Dp; ++i) task.dpad[i] = 0;
     }
-    if (p.dbias) {
-      A* to = static_cast<A*>(p.dbias) + task * N * N;
-      for (int64_t m = 0; m < N; ++m)
-        for (int64_t n = 0; n < N; ++n) to[m * N + n] = dbias[m * Np + n];
+    for (int64_t w = part_begin(p.B * windows, p.slices, slice); w < stop; ++w) {
+      task.locate(w % windows / p.columns, w % p.columns);
+      if (p.dy.data) task.backward(w / windows, &dlogit_scale);
+      else task.forward(w / windows);
     }
-    if (p.dlogit_scale) static_cast<A*>(p.dlogit_scale)[task] = dlogit_scale;
+    if (!p.dy.data) continue;
+    A* partial = static_cast<A*>(p.partial) + t * count;
+    for (int64_t i = 0; i < positions; ++i) partial[i] = 0;
+    task.for_pairs([&](int64_t pair, int64_t row) __attribute__((always_inline)) { partial[row] += task.dbias[pair]; });
+    partial[positions] = dlogit_scale;
+    for (int64_t part = 0; part < 3; ++part)
+      for (int64_t d = 0; d < p.D; ++d) partial[positions + 1 + part * p.D + d] = task.dpad[part * task.Dp + d];
   }
 }

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..ops import window_attention
+from ..ops import select, window_attention
+from ..ops.window_attention import TRITON_HEAD_DIM, TRITON_TOKENS, reference
 from ._graph import Unsupported
 from ._module import PLAIN, FastModule, Kinds, bypass_reason, child_at, unwrapped
 from ._run_body import autocast_dtype, parameter_reason
@@ -73,7 +74,7 @@ def attend(module: nn.Module, layout: AttentionLayout, x: torch.Tensor, attentio
     parts = layout.parts
     holder, proj = at(module, parts.holder), at(module, parts.proj)
     (wh, ww), shift, order = parts.geometry(module, *x.shape[1:3])
-    qkv, pad_bias = _project(module, layout, holder, x)
+    qkv, pad_bias = _project(module, layout, holder, x, padded=x.shape[1] % wh != 0 or x.shape[2] % ww != 0)
     if layout.cosine:
         scales = {"logit_scale": holder.logit_scale.clamp(max=_MAX_LOGIT_SCALE).exp()}
         bias = getattr(holder, parts.positions)(holder.relative_coords_table).view(-1, getattr(holder, parts.heads))
@@ -81,8 +82,6 @@ def attend(module: nn.Module, layout: AttentionLayout, x: torch.Tensor, attentio
     else:
         scales = {"scale": getattr(holder, parts.scale, None)}
         bias = _table(module, parts).relative_position_bias_table
-    if x.shape[1] % wh == 0 and x.shape[2] % ww == 0:
-        pad_bias = None
     y = attention(qkv, (wh, ww), shift, bias, pad_bias=pad_bias, order=order, mask_value=parts.mask_value, **scales)
     return F.linear(y, proj.weight, proj.bias) if parts.functional else proj(y)
 
@@ -93,31 +92,35 @@ def _table(module: nn.Module, parts: Parts) -> nn.Module:
     return getattr(holder, "relative_position_bias", holder)
 
 
-def _project(module: nn.Module, layout: AttentionLayout, holder: nn.Module, x: torch.Tensor):
-    """qkv as the op takes it, and the qkv of a padded token, which is a zero before the linear layer."""
+def _project(module: nn.Module, layout: AttentionLayout, holder: nn.Module, x: torch.Tensor, padded: bool):
+    """qkv as the op takes it, and if needed the qkv of a padded token, a zero before the linear layer: its bias."""
     parts = layout.parts
     heads = getattr(holder, parts.heads)
     layers = [at(module, path) for path in parts.projections]
     if len(layers) > 1:
-        biases = [layer.bias for layer in layers]
-        given = next((b for b in biases if b is not None), None)
-        pad = None if given is None else torch.stack([torch.zeros_like(given) if b is None else b for b in biases])
         qkv = tuple(layer(x).unflatten(-1, (heads, -1)) for layer in layers)
-        return qkv, None if pad is None else pad.view(3, heads, -1)
-    (layer,) = layers
-    bias = layer.bias
+        biases = [layer.bias for layer in layers] if padded else []
+        given = next((b for b in biases if b is not None), None)
+        bias = None if given is None else torch.cat([torch.zeros_like(given) if b is None else b for b in biases])
+    elif parts.functional or getattr(holder, "q_bias", None) is not None:
+        bias = _packed_bias(layers[0], holder, layout.cosine)
+        qkv = F.linear(x, layers[0].weight, bias).unflatten(-1, (3, heads, -1))
+    else:
+        qkv = layers[0](x).unflatten(-1, (3, heads, -1))
+        bias = layers[0].bias if padded else None
+    return qkv, bias.view(3, heads, -1) if padded and bias is not None else None
+
+
+def _packed_bias(layer: nn.Linear, holder: nn.Module, cosine: bool) -> torch.Tensor | None:
+    """The bias of a packed layer whose class does not call it. In cosine attention keys have none, whatever parameter there is."""
     if getattr(holder, "q_bias", None) is not None:
         key = getattr(holder, "k_bias", None)
-        bias = torch.cat((holder.q_bias, torch.zeros_like(holder.v_bias) if key is None else key, holder.v_bias))
-        y = F.linear(x, layer.weight, bias)
-    elif parts.functional:
-        if bias is not None and layout.cosine:  # keys have none, whatever the parameter says
-            q, _, v = bias.chunk(3)
-            bias = torch.cat((q, torch.zeros_like(q), v))
-        y = F.linear(x, layer.weight, bias)
-    else:
-        y = layer(x)
-    return y.unflatten(-1, (3, heads, -1)), None if bias is None else bias.view(3, heads, -1)
+        return torch.cat((holder.q_bias, torch.zeros_like(holder.v_bias) if key is None else key, holder.v_bias))
+    bias = layer.bias
+    if bias is None or not cosine:
+        return bias
+    q, k, v = bias.chunk(3)
+    return torch.cat((q, torch.zeros_like(k), v))
 
 
 def call_reason(module: FastModule, layout: AttentionLayout, x: torch.Tensor, H: int, W: int) -> str:
@@ -130,6 +133,9 @@ def call_reason(module: FastModule, layout: AttentionLayout, x: torch.Tensor, H:
     (wh, ww), _, _ = parts.geometry(module, H, W)
     if _positions(module, layout) != (2 * wh - 1) * (2 * ww - 1):
         return "the window is not the one that the relative positions are for"
+    large = wh * ww > TRITON_TOKENS or _head_dim(module, layout, holder) > TRITON_HEAD_DIM
+    if large and select(OP, x).backend == "triton":
+        return f"the Triton kernel takes windows of {TRITON_TOKENS} tokens and a head_dim of {TRITON_HEAD_DIM} at most"
     dtypes = set()
     for name, child in [("attention", holder), ("attention", _table(module, parts)), *((p, at(module, p)) for p in _linears(parts))]:
         for parameter in child._parameters.values():
@@ -145,6 +151,11 @@ def call_reason(module: FastModule, layout: AttentionLayout, x: torch.Tensor, H:
     if autocast_dtype(x) is None:
         return "" if dtypes <= {x.dtype} else "the input and the parameters of the attention have different dtypes"
     return "autocast does not cast float64" if torch.float64 in (*dtypes, x.dtype) else ""
+
+
+def _head_dim(module: nn.Module, layout: AttentionLayout, holder: nn.Module) -> int:
+    """By the layer after the heads."""
+    return getattr(at(module, layout.parts.proj), "in_features", 0) // getattr(holder, layout.parts.heads)
 
 
 def _linears(parts: Parts) -> tuple[str, ...]:
@@ -209,8 +220,6 @@ def read_attention(module: nn.Module, parts: Parts, mixin: type) -> AttentionLay
 
 def _rehearsal_reason(module: nn.Module, layout: AttentionLayout, mixin: type) -> str:
     """Why a twin of the module, run with the op, does not do what it does as it is, or ""."""
-    from ..ops.window_attention import reference
-
     try:
         with torch.device("cpu"), torch.random.fork_rng(devices=[]), torch.no_grad(), torch.autocast("cpu", enabled=False):
             torch.manual_seed(0)
@@ -289,7 +298,9 @@ def _few(name: str, tensor: torch.Tensor) -> torch.Tensor:
     """Random values in the shape that a parameter has with few channels."""
     if name == "relative_position_bias_table":
         return torch.randn(tensor.shape[0], HEADS)
-    return torch.rand(HEADS, *tensor.shape[1:]) if name == "logit_scale" else torch.randn(CHANNELS)
+    if name == "logit_scale":  # on both sides of the limit, where cosines lie as far apart as a mask of -100 moves them
+        return torch.linspace(4.2, 5, HEADS).view(HEADS, *tensor.shape[1:])
+    return torch.randn(CHANNELS)
 
 
 def _value(twin: nn.Module, name: str, buffer: torch.Tensor) -> torch.Tensor:

@@ -55,9 +55,11 @@ class FastAttention(FastModule):
 
     @staticmethod
     def rehearsals(module: nn.Module, layout: AttentionLayout) -> Iterator[tuple[tuple[int, int, int], dict]]:
-        """(B, H, W) of maps to try it on, with attributes to set before: one that does not divide, and no square."""
+        """(B, H, W) of maps to try it on, with attributes to set before: one of which padding is part of every window that is
+        masked, and one without, where a mask that is added twice shows."""
         (wh, ww), _, _ = layout.parts.geometry(module, 1 << 16, 1 << 16)
         yield (2, wh + 1, 2 * ww + 1), {}
+        yield (1, 2 * wh, 3 * ww), {}
 
     @staticmethod
     def inputs(x: torch.Tensor) -> tuple:
