@@ -21,6 +21,7 @@ NCHW = {
     "grouped_conv": ("x", "dout"),
     "residual_scale": ("shortcut", "dout"),
     "squeeze_excite": ("x", "dout"),
+    "window_attention": (),
 }
 
 

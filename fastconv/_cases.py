@@ -18,7 +18,7 @@ class Case(NamedTuple):
     without: tuple[str, ...] = ()  # optional arguments left out
     wide: tuple[str, ...] = ()
     mask: str = "image"  # residual_scale: one value an "image", or "one" for all
-    scale: float = 1.0  # standard deviation of the first argument
+    scale: float = 1.0  # standard deviation of the first argument; of window_attention a tenth of the logits' size
     offset: float = 0.0  # added to bias: a mean far from zero
     act: str | None = None  # global_response_norm's and squeeze_excite's; of gelu_linear "gelu_tanh" for the approximation
     reduced: int = 6  # squeeze_excite: width between the layers
@@ -27,6 +27,10 @@ class Case(NamedTuple):
     out: int = 0  # output channels; 0 for C
     stride: int | tuple[int, int] = 1
     padding: int | tuple[int, int] | None = None  # None for K // 2
+    heads: int = 1  # window_attention's, as the next three; its shape is that of the result
+    window: tuple[int, int] = (3, 2)
+    shift: tuple[int, int] = (2, 1)
+    order: str = "roll_pad"
     dtypes: tuple[torch.dtype, ...] = FLOAT_DTYPES
 
     @property
@@ -48,6 +52,8 @@ class Case(NamedTuple):
             parts.append(f"k{self.K}")
         elif self.op == "squeeze_excite":
             parts.append(f"r{self.reduced}")
+        elif self.op == "window_attention":
+            parts += [f"h{self.heads}", "w{}x{}".format(*self.window), "s{}x{}".format(*self.shift), self.order]
         elif self.mask != "image":
             parts.append(f"mask_{self.mask}")
         parts += [f"no_{name}" for name in self.without]
@@ -251,6 +257,39 @@ def _grouped_conv_cases() -> list[Case]:
     ]
 
 
+def _window_attention_cases() -> list[Case]:
+    op, v1, whole = "window_attention", ("logit_scale",), ("pad_bias",)
+    seven, eight = {"window": (7, 7), "shift": (3, 3)}, {"window": (8, 8), "shift": (4, 4)}
+    pad_first = {"order": "pad_roll"}
+    exact = (torch.float32, torch.float64)  # logits near 100, in half precision with errors near 1
+    return [
+        Case(op, (2, 7, 7, 64), heads=2, window=(7, 7), shift=(0, 0), without=(*v1, *whole)),
+        Case(op, (2, 14, 7, 96), heads=3, **seven, without=(*v1, *whole)),  # Swin, shifted
+        Case(op, (2, 5, 7, 24), heads=3),  # both sizes do not divide
+        Case(op, (2, 5, 7, 24), heads=3, shift=(1, 1), **pad_first),
+        Case(op, (2, 9, 8, 33), heads=3, window=(4, 3), shift=(2, 2), **pad_first),
+        Case(op, (1, 13, 9, 48), heads=2, **seven, without=v1),
+        Case(op, (1, 13, 9, 48), heads=2, **seven, **pad_first, without=v1),
+        Case(op, (2, 3, 4, 32), heads=2, **seven, without=v1),  # a map smaller than the window, shifted all the same
+        Case(op, (2, 3, 4, 32), heads=2, **seven, **pad_first),
+        Case(op, (1, 8, 16, 32), heads=2, **eight, without=whole),
+        Case(op, (1, 2, 4, 1024), heads=32, window=(2, 2), shift=(1, 1), without=(*v1, *whole)),
+        Case(op, (1, 4, 4, 128), heads=1, window=(4, 2), shift=(1, 0), without=(*v1, *whole)),
+        Case(op, (1, 16, 17, 16), heads=1, window=(16, 16), shift=(8, 5)),
+        Case(op, (1, 12, 13, 24), heads=1, window=(12, 12), shift=(6, 6), without=v1, **pad_first),
+        Case(op, (40, 4, 3, 12), heads=2, window=(2, 2), shift=(1, 0)),  # more windows than one task or program takes
+        Case(op, (2, 4, 6, 16), heads=2, window=(2, 3), shift=(1, 0), without=("bias_table", *v1, *whole)),
+        Case(op, (2, 5, 4, 16), heads=2, window=(2, 3), shift=(1, 2), without=("bias_table", "pad_bias")),
+        Case(op, (0, 8, 6, 16)),
+        Case(op, (2, 0, 5, 8)),
+        Case(op, (3, 1, 1, 8), heads=4, window=(2, 2), shift=(0, 0)),
+        Case(op, (1, 8, 8, 32), heads=1, **eight, scale=10.0, without=whole, dtypes=exact),  # a logit overcomes the mask
+        Case(op, (2, 7, 5, 32), heads=2, window=(4, 4), shift=(2, 2), scale=10.0, **pad_first, dtypes=exact),
+        Case(op, (2, 5, 6, 24), heads=2, wide=("bias_table", "logit_scale", "pad_bias")),  # autocast
+        Case(op, (2, 5, 6, 24), heads=2, without=v1, wide=("qkv", "bias_table", "pad_bias")),
+    ]
+
+
 CASES: dict[str, list[Case]] = {
     "depthwise_conv": _conv_cases("depthwise_conv"),
     "depthwise_conv_norm": _conv_cases("depthwise_conv_norm"),
@@ -259,4 +298,5 @@ CASES: dict[str, list[Case]] = {
     "grouped_conv": _grouped_conv_cases(),
     "residual_scale": _residual_scale_cases(),
     "squeeze_excite": _squeeze_excite_cases(),
+    "window_attention": _window_attention_cases(),
 }

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import ops
+from ._attention_cases import attention_formula, attention_inputs
 from ._cases import CASES as CASES
 from ._cases import Case as Case
 from .ops._registry import FLOAT_DTYPES as FLOAT_DTYPES
@@ -58,6 +59,8 @@ def make_inputs(case: Case, dtype: torch.dtype, device="cpu", seed: int = 0) -> 
         return Inputs(tensors, {}, randn("dout", *case.shape).to(out_dtype), constant=("mask",))
     if case.op == "squeeze_excite":
         return _gate_inputs(case, dtype, randn)
+    if case.op == "window_attention":
+        return Inputs(*attention_inputs(case, dtype, randn))
     C, K = case.C, case.K
     if case.op == "global_response_norm":
         tensors = {"x": randn("x", *case.shape, std=case.scale), "weight": randn("weight", C), "bias": randn("bias", C, std=case.scale)}
@@ -126,7 +129,8 @@ def run(function: Callable, inputs: Inputs, wanted: tuple[str, ...] | None = Non
         wanted = tuple(name for name, tensor in inputs.tensors.items() if tensor is not None and name not in inputs.constant)
     leaves = {name: None if t is None else t.detach().requires_grad_(name in wanted) for name, t in inputs.tensors.items()}
     out = function(**leaves, **inputs.options)
-    grads = torch.autograd.grad(out, [leaves[name] for name in wanted], inputs.dout) if wanted else ()
+    # zeros for a tensor that the call leaves out, as window_attention does pad_bias where nothing is padded
+    grads = torch.autograd.grad(out, [leaves[name] for name in wanted], inputs.dout, materialize_grads=True) if wanted else ()
     return {"out": out.detach(), **{f"d{name}": grad for name, grad in zip(wanted, grads)}}
 
 
@@ -146,6 +150,8 @@ def formula(op: str, first: torch.Tensor, *args, eps: float = 1e-6, act: str | N
     if op == "residual_scale":
         y, gamma, mask = args
         return torch.stack([s + m * (gamma * image) for s, image, m in zip(first, y, mask.flatten())])
+    if op == "window_attention":
+        return attention_formula(first, *args, **options)
     if op == "squeeze_excite":
         return _gate_formula(first, *args, act=act or "relu", **options)
     if op in ("global_response_norm", "gelu_linear"):
@@ -288,6 +294,8 @@ def faults(case: Case, inputs: Inputs, truth: dict[str, torch.Tensor]) -> Iterat
     elif case.op == "gelu_linear":
         moved = [("weight", (1,), ("out", "dx")), ("bias", (0,), ("out",))]
         yield "moved", "dweight", truth["dweight"].roll(1, 1)
+    elif case.op == "window_attention":
+        moved = [("bias_table", (0,), ("out", "dqkv"))]
     elif case.op == "squeeze_excite":
         moved = [("w1", (1,), ("out", "dx", "dw2")), ("w2", (0,), ("out", "dx", "dw1"))]
     else:
@@ -335,7 +343,6 @@ def check_not_finite(case: Case, dtype: torch.dtype, backend: str, name: str, va
     inputs = make_inputs(case, dtype, device)
     tensor = {**inputs.tensors, "dout": inputs.dout}[name]
     grouped = case.op == "grouped_conv"
-    geometry = inputs.options if grouped else {}
     if name == "weight" and tensor.dim() == 4:
         h, w = (0, 0) if border else (case.K // 2 - 1, case.K // 2 + 1)
         tensor[case.C // 2, 0, h, w] = value
@@ -350,7 +357,7 @@ def check_not_finite(case: Case, dtype: torch.dtype, backend: str, name: str, va
     else:
         tensor.view(-1)[tensor.numel() // 2] = value
     doubles = {n: t.cpu().double() for n, t in inputs.tensors.items()}
-    options = {"act": case.act, **dict(case.options), **geometry}
+    options = {"act": case.act, **dict(case.options), **inputs.options}
     truth = run(lambda **t: formula(case.op, *t.values(), **options), Inputs(doubles, {}, inputs.dout.cpu().double(), inputs.constant))
     reached = any(not torch.isfinite(t).all() for t in truth.values())
     # Small maps do not meet the corner of the filter, and an infinite bias shuts or opens a gate.

@@ -17,6 +17,7 @@ GRADIENTS = {
     "grouped_conv": ("x", "weight", "bias"),
     "residual_scale": ("shortcut", "y", "gamma"),
     "squeeze_excite": ("x", "w1", "b1", "w2", "b2"),
+    "window_attention": ("qkv", "bias_table", "logit_scale", "pad_bias"),
 }
 every_op = pytest.mark.parametrize("op", sorted(OPS))
 half_and_float = pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
@@ -28,6 +29,15 @@ def same_bits(left: dict, right: dict, op: str) -> None:
             torch.testing.assert_close(left[name], right[name], rtol=0.02 if left[name].dtype == torch.bfloat16 else 1e-5, atol=1e-5)
         else:
             assert torch.equal(left[name], right[name]), name
+
+
+def bound(op, inputs):
+    """The op as a function of its tensors alone, in their order or by name."""
+
+    def function(*tensors, **named):
+        return getattr(ops, op)(**dict(zip(inputs.tensors, tensors)), **named, **inputs.options)
+
+    return function
 
 
 def on_cpu_kernels(op, inputs, wanted=None):

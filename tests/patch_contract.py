@@ -1,6 +1,7 @@
 """What `fastconv.patch` promises, as tests that any model can be put through: subclass PatchContract and say how to make it."""
 
 import copy
+import functools
 import io
 import os
 import pathlib
@@ -29,6 +30,7 @@ from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import weight_norm
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 import fastconv
@@ -119,7 +121,7 @@ class SingleProcessContract:
         for key, m in (("patched", model), ("plain", plain)):
             for name, module in m.named_modules():
                 if type(module).__name__ == self.block_name(model):
-                    module.register_forward_hook(lambda _m, _a, out, at=(key, name): strides.__setitem__(at, out.stride()))
+                    module.register_forward_hook(lambda _m, _a, out, at=(key, name): strides.__setitem__(at, tree_leaves(out)[0].stride()))
         x = self.images().to(memory_format=torch.channels_last)
         assert_agree(step(model, x), step(plain, x))
         names = {name for _, name in strides}
@@ -139,7 +141,7 @@ class SingleProcessContract:
         for key, m in (("patched", model), ("plain", plain)):
             for name, module in m.named_modules():
                 if type(module).__name__ == block_name:
-                    module.register_forward_hook(lambda _m, _a, out, at=(key, name): dtypes.__setitem__(at, out.dtype))
+                    module.register_forward_hook(lambda _m, _a, out, at=(key, name): dtypes.__setitem__(at, tree_leaves(out)[0].dtype))
         model.eval(), plain.eval()
         truth = self.truth(plain)
         with torch.autocast("cpu", dtype=dtype):
@@ -260,7 +262,7 @@ class SingleProcessContract:
         expected = step(model, x)
         for block in fast_blocks(model):
             inner = block.forward
-            block.forward = lambda *args, f=inner: checkpoint(f, *args, use_reentrant=reentrant)
+            block.forward = lambda *args, f=inner, **kw: checkpoint(functools.partial(f, **kw), *args, use_reentrant=reentrant)
         torch.manual_seed(3)
         actual = step(model, x)
         for a, b in zip((*actual[0], *actual[1].values()), (*expected[0], *expected[1].values()), strict=True):
@@ -294,8 +296,8 @@ class SingleProcessContract:
         for m, n in zip(fast_blocks(model), twins(model, plain), strict=True):
             layout = m._fastconv.layout
             for block in (m, n):
-                weight_norm(child_at(block, getattr(layout, self.parts[0])))
-                parametrize.register_parametrization(child_at(block, getattr(layout, self.parts[1])), "weight", _Doubled())
+                weight_norm(child_at(block, getattr(layout, self.parts[0], self.parts[0])))
+                parametrize.register_parametrization(child_at(block, getattr(layout, self.parts[1], self.parts[1])), "weight", _Doubled())
                 if getattr(layout, "gamma", ""):
                     parametrize.register_parametrization(block, layout.gamma, _Doubled())
         actual = step(model, self.images())

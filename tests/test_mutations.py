@@ -20,7 +20,7 @@ from fastconv.testing import CASES, check_op
 
 CSRC = pathlib.Path(__file__).parent.parent / "csrc"
 GLUE = ("ops", "depthwise_conv", "depthwise_conv_norm", "gelu_linear", "global_response_norm", "grouped_conv", "residual_scale")
-GLUE += ("squeeze_excite",)
+GLUE += ("squeeze_excite", "window_attention")
 KERNELS = ("kernels_default",)
 COMPILER = os.environ.get("CXX", "c++").split()
 FLAGS = ["-O0", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno", "-Wno-psabi"]
@@ -70,7 +70,7 @@ MUTANTS = {
         "glue.h",
         "slice < slices; ++slice)\n        for",
         "slice + 1 < slices; ++slice)\n        for",
-        tuple(sorted({*OPS} - {"gelu_linear", "squeeze_excite"})),  # which add up their own
+        tuple(sorted({*OPS} - {"gelu_linear", "squeeze_excite", "window_attention"})),  # which add up their own
     ),
     "mask forgotten": (TAIL, "load_lanes<A>(y + row + c, lanes) * mask;", "load_lanes<A>(y + row + c, lanes);", ("residual_scale",)),
     "mask forgotten in dgamma": (TAIL, "+ sum * mask, lanes)", "+ sum, lanes)", ("residual_scale",)),
@@ -106,7 +106,18 @@ MUTANTS |= {
     "repeated gate of another image": (GATE, "ready = n == image", "ready = image >= 0", ("squeeze_excite",)),
     "planes that start late": (GATE, "if (i > 0) step(0, i);", "", ("squeeze_excite",)),
 }
+WINDOW, ONLY = "window_attention_kernel.h", ("window_attention",)
+MUTANTS |= {
+    "shift the other way": (WINDOW, "i < size ? (i + shift) % size : size", "i < size ? (i + size - shift) % size : size", ONLY),
+    "one region fewer": (WINDOW, "2 * (last_row && a >= p.wh - p.sh) + ", "", ONLY),
+    "bias of the pair turned round": (WINDOW, "row = (a - c + p.wh - 1)", "row = (c - a + p.wh - 1)", ONLY),
+    "first lanes of pad_bias again": (WINDOW, "load_lanes<A>(pad + d, lanes)", "load_lanes<A>(pad, lanes)", ONLY),
+    "gradient of pad_bias of the last token alone": (WINDOW, "store(sum + d, load(sum + d) + load(rows", "store(sum + d, load(rows", ONLY),
+    "norm without gradient": (WINDOW, "load(row + d) * along)", "load(row + d) * A(0))", ONLY),
+    "slice of windows lost": ("window_attention.cpp", "slice < p.slices; ++slice", "slice + 1 < p.slices; ++slice", ONLY),
+}
 QUICK = (
+    "one region fewer",
     "one chunk of a plane",
     "derivative of the act lost",
     "forward taps mirrored",

@@ -20,6 +20,9 @@ def arguments(op, **changed):
         tensors = {"shortcut": (2, 5, 4, C), "y": (2, 5, 4, C), "gamma": (C,), "mask": (2, 1, 1, 1)}
     elif op == "squeeze_excite":
         tensors = {"x": (2, 5, 4, C), "w1": (3, C), "b1": (3,), "w2": (C, 3), "b2": (C,)}
+    elif op == "window_attention":
+        tensors = {"qkv": (2, 5, 4, 3, 2, 3), "bias_table": (15, 2), "logit_scale": (2,), "pad_bias": (3, 2, 3)}
+        changed = {"window": (2, 3), **changed}
     elif op == "depthwise_conv":
         tensors = dict(list(tensors.items())[:3])
     elif op == "global_response_norm":
@@ -173,6 +176,34 @@ WRONG = [
         ({"w1": "meta"}, ValueError, ("w1 must be on the device", "cpu", "meta")),
         ({"b2": "meta"}, ValueError, ("b2 must be on the device", "meta")),
     )),
+    *(("window_attention", *row) for row in (
+        ({"qkv": (2, 5, 4, 18)}, ValueError, ("qkv must be (B, H, W, 3, heads, head_dim)", "(2, 5, 4, 18)", "unflatten")),
+        ({"qkv": (2, 5, 4, 2, 2, 3)}, ValueError, ("qkv must be (B, H, W, 3, heads, head_dim)", "(2, 5, 4, 2, 2, 3)")),
+        ({"qkv": [torch.zeros(2, 5, 4, 2, 3)] * 2}, ValueError, ("(q, k, v)", "2 tensors")),
+        ({"qkv": [torch.zeros(2, 5, 4, 6)] * 3}, ValueError, ("(B, H, W, heads, head_dim)", "(2, 5, 4, 6)")),
+        ({"qkv": [torch.zeros(2, 5, 4, 2, d) for d in (3, 3, 4)]}, ValueError, ("q, k and v must be", "(2, 5, 4, 2, 4)")),
+        ({"qkv": [torch.zeros(2, 5, 4, 2, 3, dtype=d) for d in (f32, half, f32)]}, TypeError, ("dtype of q", "bfloat16")),
+        ({"qkv": torch.int64}, TypeError, ("qkv must be one of", "int64")),
+        ({"qkv": 3.0}, TypeError, ("qkv must be a torch.Tensor", "float")),
+        ({"window": 7}, TypeError, ("window must be a pair", "7")),
+        ({"window": (2, 0)}, ValueError, ("window must be (wh, ww)", "(2, 0)")),
+        ({"window": (2, 3, 4)}, ValueError, ("window must be (wh, ww)", "(2, 3, 4)")),
+        ({"shift": (2, 0)}, ValueError, ("shift must be (sh, sw)", "(2, 0)", "(2, 3)")),
+        ({"shift": (0, -1)}, ValueError, ("shift must be (sh, sw)", "(0, -1)")),
+        ({"order": "shift_pad"}, ValueError, ("order must be one of 'roll_pad', 'pad_roll'", "'shift_pad'")),
+        ({"scale": 0.5}, ValueError, ("scale must be None where logit_scale is given", "0.5")),
+        ({"bias_table": (14, 2)}, ValueError, ("bias_table must be (15, 2)", "(14, 2)")),
+        ({"bias_table": (2, 6, 6)}, ValueError, ("bias_table must be (15, 2)", "(2, 6, 6)")),
+        ({"logit_scale": (3,)}, ValueError, ("logit_scale must be (2,) or (2, 1, 1)", "(3,)")),
+        ({"pad_bias": (18,)}, ValueError, ("pad_bias must be (3, 2, 3)", "(18,)")),
+        ({"bias_table": torch.int64}, TypeError, ("bias_table must be one of", "int64")),
+        ({"logit_scale": torch.bool}, TypeError, ("logit_scale must be one of", "bool")),
+        ({"pad_bias": f64}, TypeError, ("float64 cannot be mixed", "float32")),
+        ({"compute_dtype": f64}, TypeError, ("float64 cannot be mixed", "float32")),
+        ({"compute_dtype": torch.int32}, TypeError, ("compute_dtype must be one of", "int32")),
+        ({"bias_table": "meta"}, ValueError, ("bias_table must be on the device", "cpu", "meta")),
+        ({"pad_bias": "meta"}, ValueError, ("pad_bias must be on the device", "meta")),
+    )),
 ]  # fmt: skip
 
 
@@ -195,8 +226,8 @@ def test_wrong_arguments(op, changed, error, words, backend):
 def test_right_arguments_are_accepted(op):
     """The table above starts from a call that works."""
     given = arguments(op)
-    expected = (2, 4, 3) if op == "grouped_conv" else next(iter(given.values())).shape[:-1]
-    assert getattr(ops, op)(**given).shape[:-1] == expected
+    expected = (2, 4, 3) if op == "grouped_conv" else next(iter(given.values())).shape[:3]
+    assert getattr(ops, op)(**given).shape[:3] == expected
 
 
 def raw_calls(op):

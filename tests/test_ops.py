@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from op_helpers import BACKENDS, GRADIENTS, SMALL, every_op, on_cpu_kernels, same_bits
+from op_helpers import BACKENDS, GRADIENTS, SMALL, bound, every_op, on_cpu_kernels, same_bits
 
 from fastconv import ops, use_backend
 from fastconv.ops._registry import OPS
@@ -30,6 +30,7 @@ def faults_of(case) -> set[tuple[str, str]]:
     tensors = {"out", *(f"d{name}" for name in GRADIENTS[case.op] if name not in case.without)}
     moved = {"residual_scale": {"out", "dy", "dgamma"}, "depthwise_conv_norm": tensors - {"dbias", "dnorm_bias"}}
     moved |= {"squeeze_excite": tensors - {"db1", "db2", *(("dw1",) if "w2" in case.without else ())}}
+    moved |= {"window_attention": set() if "bias_table" in case.without else {"out", "dqkv"}}
     moved = moved.get(case.op, {"out", "dx", "dweight"}) & tensors
     return {*itertools.product(("zero", "one channel"), tensors), *itertools.product(("moved",), moved)}
 
@@ -56,8 +57,8 @@ def test_values_and_gradients(case, dtype, backend):
 @every_op
 def test_the_reference_is_right(op):
     inputs = make_inputs(SMALL[op]._replace(shape=(2, 5, 8, 6)), torch.float64)
-    geometry = inputs.options if op == "grouped_conv" else {}
-    expected = run(lambda **tensors: formula(op, *tensors.values(), **geometry), inputs._replace(options={}))
+    options = inputs.options
+    expected = run(lambda **tensors: formula(op, *tensors.values(), **options), inputs._replace(options={}))
     for name, tensor in truth_of(op, inputs).items():
         torch.testing.assert_close(tensor, expected[name], rtol=1e-11, atol=1e-12)
 
@@ -76,6 +77,8 @@ def test_dtypes_under_autocast(op, compute, backend):
             flags = {"shortcut": wide_x, "y": wide_weight, "gamma": wide_norm, "mask": wide_out}
         if op == "squeeze_excite":
             flags = {"x": wide_x, "w1": wide_weight, "w2": wide_norm}
+        if op == "window_attention":
+            flags = {"qkv": wide_x, "bias_table": wide_weight, "logit_scale": wide_norm, "pad_bias": wide_out}
         inputs = make_inputs(case._replace(wide=tuple(name for name, wide in flags.items() if wide)), compute)
         with use_backend(backend), torch.autocast("cpu", compute):
             got = run(getattr(ops, op), inputs)
@@ -94,7 +97,7 @@ def test_gradcheck(op, K):
     inputs = make_inputs(case, torch.float64)
     leaves = {n: t.requires_grad_(n not in inputs.constant) for n, t in inputs.tensors.items()}
     with use_backend("cpu"), poisoned():
-        assert torch.autograd.gradcheck(lambda *args: getattr(ops, op)(*args, **inputs.options), tuple(leaves.values()))
+        assert torch.autograd.gradcheck(bound(op, inputs), tuple(leaves.values()))
 
 
 # Maps smaller than the kernel, and with strips of each width inside and at both borders.
@@ -135,7 +138,7 @@ def lazy_zeros(*shape) -> torch.Tensor:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("op", sorted(set(OPS) - {"squeeze_excite"}))  # a mean is of the whole map: test_squeeze_excite.py
+@pytest.mark.parametrize("op", sorted(set(OPS) - {"squeeze_excite", "window_attention"}))  # in tests of their own
 def test_more_than_2_31_elements(op):
     """Offsets past int32, in bfloat16: only the last rows hold values, everything else stays zero."""
     H, W, rows = 16400, 8200, 12

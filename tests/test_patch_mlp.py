@@ -144,7 +144,7 @@ def test_a_model_of_each_library(name):
     torch.manual_seed(0)
     plain = randomise_(build()).eval()
     model = copy.deepcopy(plain)
-    assert fastconv.patch(model).blocks == (count, count)
+    assert fastconv.patch(model, ops=OP).blocks == (count, count)
     x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(4))
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)

@@ -27,7 +27,7 @@ def test_import_touches_nothing():
 
 
 def test_unknown_op_lists_the_known():
-    with pytest.raises(ValueError, match="linear, squeeze_excite, grouped_conv, got 'batch_norm'"):
+    with pytest.raises(ValueError, match="linear, squeeze_excite, window_attention, grouped_conv, got 'batch_norm'"):
         fastconv.patch(make(), ops=["residual_scale", "batch_norm"])
 
 

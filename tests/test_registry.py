@@ -123,7 +123,7 @@ def test_use_backend_forces_or_raises(op):
         with fastconv.use_backend(name), pytest.raises(RuntimeError, match=f"^{op}: backend '{name}' was asked for and cannot run: "):
             getattr(ops, op)(**tensors, **inputs.options)
     with fastconv.use_backend("cpu"), pytest.raises(RuntimeError, match="the cpu kernels need CPU tensors, got meta"):
-        getattr(ops, op)(**{name: t.to("meta") for name, t in tensors.items()}, **inputs.options)
+        getattr(ops, op)(**{n: t if t is None else t.to("meta") for n, t in tensors.items()}, **inputs.options)
     with pytest.raises(ValueError, match="use_backend: name must be one of cpu, cuda, triton, eager or None, got 'mps'"):
         fastconv.use_backend("mps").__enter__()
 

@@ -27,6 +27,8 @@ CHOSEN = [
     ("gelu_linear", 96, 7, "float16"),
     ("squeeze_excite", 96, 7, "bfloat16"),
     ("grouped_conv", 192, 3, "bfloat16"),
+    ("window_attention", 96, 7, "bfloat16"),
+    ("window_attention", 192, 8, "float16"),
 ]
 VARIANTS = [("depthwise_conv_norm", C, K, dtype) for C in SIZES for K in (3, 5, 7, 9) for dtype in ("float32", "bfloat16", "float16")]
 VARIANTS += [("grouped_conv", C, K, dtype) for C in SIZES for K in (1, 3) for dtype in ("float32", "bfloat16", "float16")]
@@ -36,6 +38,10 @@ VARIANTS += [
     for C in SIZES
     for dtype in ("float32", "bfloat16", "float16")
 ]
+
+
+# Heads of 32 channels. float32 and larger windows spill some: see its config().
+VARIANTS += [("window_attention", C, K, dtype) for C in (96, 192, 768) for K in (7, 8) for dtype in ("bfloat16", "float16")]
 
 
 def launches(op: str, C: int, K: int, dtype: str) -> list:
@@ -50,6 +56,7 @@ def launches(op: str, C: int, K: int, dtype: str) -> list:
         grouped_conv,
         residual_scale,
         squeeze_excite,
+        window_attention,
     )
 
     recorded = []
@@ -60,6 +67,12 @@ def launches(op: str, C: int, K: int, dtype: str) -> list:
     if op == "depthwise_conv":
         depthwise_conv.fwd(x, weight, vector, dtype)
         depthwise_conv.bwd(x, x, weight, True, True)
+    elif op == "window_attention":  # V1 on whole windows; V2 with padding
+        q, k, v = torch.empty(*x.shape[:3], 3, C // 32, 32, dtype=dtype, device="meta").unbind(3)
+        table, scale = torch.empty((2 * K - 1) ** 2, C // 32, device="meta"), torch.empty(C // 32, device="meta")
+        for others in ((None, None), (scale, torch.empty(3, C // 32, 32, dtype=dtype, device="meta"))):
+            args = (q, k, v, table, *others, K, K, K // 2, K // 2, False, 32**-0.5, -100.0)
+            window_attention.bwd(window_attention.fwd(*args), *args)
     elif op == "squeeze_excite":
         w1, w2 = torch.empty(8, C, device="meta"), torch.empty(C, 8, device="meta")
         one = x[:1]  # few programs: slices, and their sum in a kernel of its own
@@ -150,11 +163,16 @@ def test_no_kernel_spills(variant):
         expected |= {f"{variant[0]}_{part}_kernel" for part in ("sum", "fwd_sums", "bwd_sums")}
     elif variant[0] in ("gelu_linear", "grouped_conv"):
         expected.remove("reduce_kernel")
+    elif variant[0] == "window_attention":
+        expected.add("window_attention_fold_kernel")
     assert kernels == expected
     for found in compiled:
         print(found)
         assert not spills(found), found
-        if variant[1] % 8 == 0 and not found["kernel"].endswith(("_sums_kernel", "excite_fold_kernel")):  # those read kilobytes
+        narrow = ("_sums_kernel", "_fold_kernel")  # those read kilobytes
+        if variant[0] == "window_attention":
+            narrow += ("reduce_kernel",)  # rows of N * N values, an odd number for windows of 7
+        if variant[1] % 8 == 0 and not found["kernel"].endswith(narrow):
             assert found["wide_loads"] > 0, found
 
 

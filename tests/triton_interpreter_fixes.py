@@ -23,6 +23,11 @@ def bf16_to_float(bits: np.ndarray) -> np.ndarray:
     return (np.ascontiguousarray(bits, np.uint16).astype(np.uint32) << 16).view(np.float32)
 
 
+def span(tensor) -> int:
+    """Elements from the first of a tensor to past its last, whatever its strides."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride())) if tensor.numel() else 0
+
+
 def check_addresses(pointers: np.ndarray, mask: np.ndarray, size: int, what: str) -> None:
     addresses = pointers[np.broadcast_to(mask, pointers.shape)].astype(np.uint64).ravel()
     inside = (addresses[:, None] >= _allowed[:, 0]) & (addresses[:, None] + np.uint64(size) <= _allowed[:, 1])
@@ -60,6 +65,14 @@ def install() -> None:
             return original(self, source, dtype, rounding)
 
         return create_fp_to_fp
+
+    @_wrap(InterpreterBuilder, "create_dot")
+    def _(original):
+        def create_dot(self, a, b, *args):
+            a, b = (self.cast_impl(t, tl.float32) if t.dtype.scalar == tl.bfloat16 else t for t in (a, b))
+            return original(self, a, b, *args)
+
+        return create_dot
 
     def refuse_bf16(original):
         def operation(self, *args):
@@ -112,7 +125,7 @@ def install() -> None:
         def __call__(self, *args, **kwargs):
             global _allowed
             tensors = [a for a in (*args, *kwargs.values()) if hasattr(a, "data_ptr")]
-            _allowed = np.array([(t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in tensors], np.uint64)
+            _allowed = np.array([(t.data_ptr(), t.data_ptr() + span(t) * t.element_size()) for t in tensors], np.uint64)
             with np.errstate(all="ignore"):
                 return original(self, *args, **kwargs)
 

@@ -24,6 +24,7 @@ from fastconv.triton_kernels import (
     grouped_conv,
     residual_scale,
     squeeze_excite,
+    window_attention,
 )
 from op_helpers import GRADIENTS
 from triton.runtime import interpreter
@@ -37,7 +38,8 @@ triton_interpreter_fixes.install()
 torch.set_num_threads(1)
 
 KERNELS = pathlib.Path(fastconv.triton_kernels.__file__).parent
-MODULES = (_common, depthwise_conv, depthwise_conv_norm, gelu_linear, global_response_norm, grouped_conv, residual_scale, squeeze_excite)
+MODULES = (_common, depthwise_conv, depthwise_conv_norm, gelu_linear, global_response_norm, grouped_conv, residual_scale)
+MODULES += (squeeze_excite, window_attention)
 CONV = ("depthwise_conv", "depthwise_conv_norm")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 every_op = pytest.mark.parametrize("op", sorted(OPS))
@@ -49,6 +51,9 @@ def is_cheap(case: Case) -> bool:
     if case.op == "grouped_conv":
         N, H, W, _ = case.shape
         return N * -(-H * W // 64) * case.groups * case.K**2 < 150 and case.C < 100
+    if case.op == "window_attention":  # by programs: a window and head each
+        B, H, W, _ = case.shape
+        return B * -(-H // case.window[0]) * -(-W // case.window[1]) * case.heads <= 12
     if case.op not in CONV:
         return case.shape != (1, 128, 128, 3)
     N, H, W, C = case.shape
@@ -176,12 +181,12 @@ meets_padding = pytest.mark.xfail(raises=AssertionError, strict=True, reason="0 
     ("value", "border", "dtype"), ((float("inf"), True, torch.bfloat16), (float("nan"), False, torch.float32)), ids=("inf", "nan")
 )
 def test_nan_and_inf_stay_where_the_formula_puts_them(op, name, value, border, dtype):
-    """On a map smaller than the tile, and but for grouped_conv than the taps."""
-    case = small(op, 2, 4, 5, 12) if op == "grouped_conv" else small(op, 2, 3, 2, 20, K=5)
+    """On a map smaller than the tile and, but for grouped_conv, than the taps; window_attention's is padded."""
+    case = small(op, 2, 4, 5, 12) if op == "grouped_conv" else small(op, 2, 3 + (op == "window_attention"), 2, 20, K=5)
     check_not_finite(case, dtype, "triton", name, value, border)
 
 
-@every_op
+@pytest.mark.parametrize("op", sorted(set(OPS) - {"window_attention"}))  # whose programs each take windows from the whole tensor
 def test_offsets_past_2_31(op, monkeypatch):
     """Only the last program of each kernel runs, on lazily allocated tensors: it writes the last values, and nothing stray."""
     shape, rows, grouped = (1, 4100, 4100, 128), 8, op == "grouped_conv"
@@ -251,9 +256,10 @@ def test_offsets_past_2_31(op, monkeypatch):
 
 # Slices of several tiles each: see rows_per_slice.
 FEW = {"depthwise_conv": 10, "depthwise_conv_norm": 3, "gelu_linear": 1, "global_response_norm": 4, "grouped_conv": 12, "residual_scale": 2}
-FEW["squeeze_excite"] = 6
+FEW |= {"squeeze_excite": 6, "window_attention": 2}
 MUTATED = {op: small(op, 2, 9 if op in CONV else 90, 5, 4) for op in OPS}
 MUTATED["squeeze_excite"] = small("squeeze_excite", 2, 300, 5, 4)
+MUTATED["window_attention"] = small("window_attention", 2, 5, 5, 8, shift=(1, 1))
 MUTATED["global_response_norm"] = small("global_response_norm", 2, 90, 10, 4, act="gelu")
 MUTATED["grouped_conv"] = small("grouped_conv", 2, 9, 9, 4, width=2)
 MUTANTS = [
@@ -295,6 +301,13 @@ MUTANTS = [
     ("global_response_norm", "global_response_norm", "* product * inverse - through_mean", "* product * inverse", "dx"),
     ("global_response_norm", "global_response_norm", "total += grad", "total = grad", "dbias"),
     ("global_response_norm", "_common", "(s0 + s < S)", "(s0 + s < S - 1)", "d"),
+    ("window_attention", "window_attention", "b = n // WW, n % WW", "b = n // WH, n % WH", ""),
+    ("window_attention", "window_attention", "0.0, mask_value)", "0.0, 0.0)", "out"),
+    ("window_attention", "window_attention", "+ m % WW + WW - 1", "+ m % WW", ""),
+    ("window_attention", "window_attention", "pairs & (window > first)", "pairs & (window < first)", "dbias_table"),
+    ("window_attention", "window_attention", "- unit * along[:, None]", "", "dqkv"),
+    ("window_attention", "window_attention", "dpad_k += ", "dpad_k = ", "dpad_bias"),
+    ("window_attention", "_common", "(s0 + s < S)", "(s0 + s < S - 1)", "d"),
     ("squeeze_excite", "squeeze_excite", "acc += value", "acc = value", "out"),
     ("squeeze_excite", "squeeze_excite", "(s0 + s < slices)", "(s0 + s < slices - 1)", "out"),
     ("squeeze_excite", "squeeze_excite", "dy * ((1.0 - s) * s)", "dy * (1.0 - s)", "dx"),

@@ -151,6 +151,20 @@ struct GroupedParams {
   void* partial;                           // [slices][groups * out_width][in_width * taps + 1]: dweight, dbias
 };
 
+// B maps of H x W tokens in rows x columns windows. Backward where dy is given.
+struct WindowParams {
+  int64_t B, H, W, heads, D;
+  int64_t wh, ww, sh, sw;                  // window and shift
+  int64_t rows, columns, slices;           // windows of a map; slices of the windows of all maps
+  bool pad_first;                          // pad, then shift
+  double scale, mask_value;
+  Array q, k, v, dy;                       // dy [B][H][W][heads][D]
+  int64_t stride[3][4];                    // of q, k, v: image, row, column, head; in elements
+  const void *table, *logit_scale, *pad;   // [positions][heads], [heads], [3][heads][D] in the accumulation type, or null
+  MutableArray out;                        // y as dy is; backward dqkv [B][H][W][3][heads][D]
+  void* partial;                           // [slices][heads][positions + 1 + 3 * D]: dtable, dlogit_scale, dpad
+};
+
 struct Kernels {
   const char* name;
   int64_t vector_bytes;
@@ -169,6 +183,8 @@ struct Kernels {
   int64_t (*grn_scratch)(const GrnParams&);
   void (*grn_sum)(const GrnParams&, void* scratch, int64_t begin, int64_t end);    // a task is image * bands + band
   void (*grn_apply)(const GrnParams&, void* scratch, int64_t begin, int64_t end);  // a task is image * bands + band
+  int64_t (*window_scratch)(const WindowParams&);
+  void (*window_attention)(const WindowParams&, void* scratch, int64_t begin, int64_t end);  // a task is slice * heads + head
   int64_t (*map_scratch)(const MapParams&);
   void (*map_sum)(const MapParams&, void* scratch, int64_t begin, int64_t end);    // a task is a slice, or kPlanes planes
   void (*map_apply)(const MapParams&, void* scratch, int64_t begin, int64_t end);  // the same

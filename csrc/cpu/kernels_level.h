@@ -22,6 +22,7 @@ namespace {
 #include "activation_kernel.h"
 
 #include "global_response_norm_kernel.h"
+
 #include "functions.h"
 
 #include "layer_kernel.h"
@@ -29,6 +30,8 @@ namespace {
 #include "squeeze_excite_kernel.h"
 
 #include "grouped_conv_kernel.h"
+
+#include "window_attention_kernel.h"
 
 // Picks the accumulation type.
 #define FC_SCRATCH(name, Params, dtype) \
@@ -50,6 +53,8 @@ FC_TASKS(gelu, GeluParams, p.x.dtype)
 FC_SCRATCH(grn_scratch, GrnParams, p.x.dtype)
 FC_TASKS(grn_sum, GrnParams, p.x.dtype)
 FC_TASKS(grn_apply, GrnParams, p.x.dtype)
+FC_SCRATCH(window_scratch, WindowParams, p.q.dtype)
+FC_TASKS(window_attention, WindowParams, p.q.dtype)
 FC_SCRATCH(map_scratch, MapParams, p.x.dtype)
 FC_TASKS(map_sum, MapParams, p.x.dtype)
 FC_TASKS(map_apply, MapParams, p.x.dtype)
@@ -86,6 +91,8 @@ extern const Kernels FC_TABLE(FASTCONV_LEVEL) = {
     FC_NAMESPACE(FASTCONV_LEVEL)::grn_scratch,
     FC_NAMESPACE(FASTCONV_LEVEL)::grn_sum,
     FC_NAMESPACE(FASTCONV_LEVEL)::grn_apply,
+    FC_NAMESPACE(FASTCONV_LEVEL)::window_scratch,
+    FC_NAMESPACE(FASTCONV_LEVEL)::window_attention,
     FC_NAMESPACE(FASTCONV_LEVEL)::map_scratch,
     FC_NAMESPACE(FASTCONV_LEVEL)::map_sum,
     FC_NAMESPACE(FASTCONV_LEVEL)::map_apply,

@@ -71,7 +71,7 @@ _family(
 _family(
     "swin",
     "Swin",
-    ("gelu_linear",),
+    ("gelu_linear", "window_attention"),
     swin_tiny_patch4_window7_224=(28.29, 4.49, 224),
     swin_small_patch4_window7_224=(49.61, 8.74, 224),
     swin_base_patch4_window7_224=(87.77, 15.43, 224),
@@ -80,7 +80,7 @@ _family(
 _family(
     "swin_v2",
     "Swin V2",
-    ("gelu_linear",),
+    ("gelu_linear", "window_attention"),
     swinv2_tiny_window8_256=(28.35, 5.94, 256),
     swinv2_small_window8_256=(49.73, 11.55, 256),
     swinv2_base_window8_256=(87.92, 20.33, 256),

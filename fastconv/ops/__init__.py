@@ -8,6 +8,7 @@ from .global_response_norm import GlobalResponseNorm, global_response_norm
 from .grouped_conv import GroupedConv, grouped_conv
 from .residual_scale import ResidualScale, residual_scale
 from .squeeze_excite import SqueezeExcite, squeeze_excite
+from .window_attention import WindowAttention, window_attention
 
 __all__ = [
     "Choice",
@@ -18,6 +19,7 @@ __all__ = [
     "GroupedConv",
     "ResidualScale",
     "SqueezeExcite",
+    "WindowAttention",
     "depthwise_conv",
     "depthwise_conv_norm",
     "disabled",
@@ -29,6 +31,7 @@ __all__ = [
     "select",
     "squeeze_excite",
     "use_backend",
+    "window_attention",
 ]
 
 check_environment()

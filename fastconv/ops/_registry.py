@@ -137,6 +137,13 @@ def select(op: str, *tensors: torch.Tensor | None) -> Choice:
     return Choice("eager", "; ".join(reasons) or f"no kernels for device type {device.type}")
 
 
+def unable(op: str, backend: str, reason: str) -> str:
+    """What runs a call whose sizes the selected backend does not take: eager. Raises RuntimeError where the backend is forced."""
+    if _state["forced"] == backend:
+        raise RuntimeError(f"{op}: backend {backend!r} was asked for and cannot run: {reason}")
+    return "eager"
+
+
 @contextlib.contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
     """Force every op of this process onto one backend ("cpu", "cuda", "triton", "eager"; None: automatic) inside the block.

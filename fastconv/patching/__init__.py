@@ -8,7 +8,7 @@ from dataclasses import replace
 from torch import nn
 
 from ..ops._registry import REROUTED
-from . import _block, grouped, huggingface, mlp, official, squeeze_excite, timm, torchvision
+from . import _block, grouped, huggingface, mlp, official, squeeze_excite, timm, torchvision, window_attention
 from ._module import FastModule, Plan, current_fast_class, fast_class, make_sites, patchable_class, rebased, sites_of
 from ._report import NOT_PATCHED, Report, Site, Warned, _sites
 from ._rule import Rule
@@ -16,8 +16,8 @@ from ._verify import Verification, verify
 
 __all__ = ["Report", "Site", "Verification", "patch", "report", "unpatch", "verify"]
 
-OPS = (*_block.OPS, squeeze_excite.OP, grouped.OP)
-LIBRARIES = (timm, torchvision, huggingface, squeeze_excite, official, mlp, grouped)
+OPS = (*_block.OPS, squeeze_excite.OP, window_attention.OP, grouped.OP)
+LIBRARIES = (timm, torchvision, huggingface, squeeze_excite, official, window_attention, mlp, grouped)
 RULES: tuple[Rule, ...] = tuple(rule for library in LIBRARIES for rule in library.RULES)  # the first that matches
 
 
@@ -41,7 +41,8 @@ def patch(
     Args:
         model: any module. Patch again in every process that unpickles the model: a saved model is a plain one.
         ops: "auto" for all, or names: "depthwise_conv_norm", "residual_scale", "global_response_norm", "gelu_linear",
-            "linear", "squeeze_excite", "grouped_conv". A later call decides anew for the blocks that it covers.
+            "linear", "squeeze_excite", "window_attention", "grouped_conv". A later call decides anew for the blocks that it
+            covers.
         strict: raise RuntimeError, changing nothing, where a block that fastconv recognises cannot be fused or none is
             recognised, and later where a call cannot be.
         filter_fn: only blocks for which filter_fn(name, module) is true.
