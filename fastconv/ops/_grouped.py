@@ -139,15 +139,6 @@ def is_nhwc(x: torch.Tensor, weight: torch.Tensor) -> bool:
     return any(not t.is_contiguous() and t.is_contiguous(memory_format=torch.channels_last) for t in (x, weight))
 
 
-def raw_layout(t: torch.Tensor, nhwc: bool) -> torch.Tensor:
-    """A logical (N, C, H, W) as the raw ops take it."""
-    return (t.permute(0, 2, 3, 1) if nhwc else t).contiguous()
-
-
-def logical(t: torch.Tensor, nhwc: bool) -> torch.Tensor:
-    return t.permute(0, 3, 1, 2) if nhwc else t
-
-
 def passes(device: str, dtypes: set[torch.dtype], width: int, shape: Shape, nhwc: bool) -> Passes:
     """The passes that are ours in a call on these maps with `width` channels a group."""
     N, C, H, W = shape.out

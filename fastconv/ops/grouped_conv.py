@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from . import _grouped, _registry
 from ._checks import check_device, check_float, resolve_dtypes, without_autocast
 from ._function import first_order_only, needs_grad
-from ._grouped import Shape, is_nhwc, logical, pair, raw_layout
+from ._grouped import Shape, is_nhwc, pair
+from ._layout import in_format, in_layout
 
 OP = "grouped_conv"
 KERNELS = (1, 3, 5, 7)
@@ -122,9 +123,9 @@ class GroupedConv(torch.autograd.Function):
         dx = dweight = dbias = None
         ours = need_dx and passes.dx, (need_dweight or need_dbias) and passes.dweight
         if any(ours):
-            bwd, maps = _registry.raw("grouped_conv_bwd", ctx.backend), (raw_layout(dy, nhwc), raw_layout(x, nhwc))
+            bwd, maps = _registry.raw("grouped_conv_bwd", ctx.backend), (in_layout(dy, "NCHW", nhwc), in_layout(x, "NCHW", nhwc))
             dx, dweight, dbias = bwd(*maps, weight.contiguous(), *shape.stride, *shape.padding, shape.groups, nhwc, *ours)
-            dx = logical(dx, nhwc) if ours[0] else None
+            dx = in_format(dx, "NCHW", nhwc) if ours[0] else None
         theirs = [need_dx and not ours[0], need_dweight and not ours[1], need_dbias and not ours[1]]
         if any(theirs):
             settings = [weight.shape[0]], shape.stride, shape.padding, (1, 1), False, (0, 0), shape.groups
@@ -140,7 +141,8 @@ def _forward(x, weight, bias, shape, nhwc, dtype, backend):
         return reference(x, weight, bias, shape.stride, shape.padding, shape.groups, dtype)
     parameters = weight.contiguous(), None if bias is None else bias.contiguous()
     fwd = _registry.raw("grouped_conv_fwd", backend)
-    return logical(fwd(raw_layout(x, nhwc), *parameters, *shape.stride, *shape.padding, shape.groups, nhwc, dtype), nhwc)
+    y = fwd(in_layout(x, "NCHW", nhwc), *parameters, *shape.stride, *shape.padding, shape.groups, nhwc, dtype)
+    return in_format(y, "NCHW", nhwc)
 
 
 def grouped_conv(
