@@ -30,13 +30,13 @@ class Stage(NamedTuple):
 
 STAGES = (
     Stage("lint", 0.5),
-    Stage("cuda", 6.5, ("test_cuda*.py", "test_simt*.py", "test_geometry.py")),  # the longest begins first
-    Stage("ops", 4),  # op contract, hubs, CPU kernels, and every file that no other stage names
-    Stage("triton", 3.5, ("test_triton*.py",)),
-    Stage("patch", 5, ("test_patch*.py", "test_convergence*.py")),
-    Stage("models", 4.5, ("test_models*.py", "test_zoo*.py", "test_cli*.py", "test_demo*.py")),
-    Stage("build", 1.5, ("test_build.py",)),
-    Stage("benchmarks", 1, ("test_benchmarks.py",)),
+    Stage("cuda", 10, ("test_cuda*.py", "test_simt*.py", "test_geometry.py")),  # the longest begins first
+    Stage("ops", 7),  # op contract, hubs, CPU kernels, and every file that no other stage names
+    Stage("triton", 5.5, ("test_triton*.py",)),
+    Stage("patch", 8, ("test_patch*.py", "test_convergence*.py")),
+    Stage("models", 6, ("test_models*.py", "test_zoo*.py", "test_cli*.py", "test_demo*.py")),
+    Stage("build", 4, ("test_build.py",)),
+    Stage("benchmarks", 2, ("test_benchmarks.py",)),
 )
 NAMES = tuple(stage.name for stage in STAGES)
 LARGEST = "ops"  # its slow tests take up to 16 GB of memory: none runs beside them
