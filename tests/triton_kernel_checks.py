@@ -31,6 +31,7 @@ from triton.runtime import interpreter
 from triton.runtime.errors import InterpreterError
 
 from fastconv import ops, use_backend
+from fastconv.ops import _registry
 from fastconv.ops._registry import OPS, hub
 from fastconv.testing import CASES, Case, RawCalls, check_not_finite, check_op, make_inputs, poisoned, run
 
@@ -53,7 +54,8 @@ def is_cheap(case: Case) -> bool:
         return N * -(-H * W // 64) * case.groups * case.K**2 < 150 and case.C < 100
     if case.op == "window_attention":  # by programs: a window and head each
         B, H, W, _ = case.shape
-        return B * -(-H // case.window[0]) * -(-W // case.window[1]) * case.heads <= 12
+        programs = B * -(-H // case.window[0]) * -(-W // case.window[1]) * case.heads
+        return programs <= 12 and case.window != (16, 16)
     if case.op not in CONV:
         return case.shape != (1, 128, 128, 3)
     N, H, W, C = case.shape
@@ -133,6 +135,18 @@ def test_any_one_gradient(op):
             assert func.namespace == "fastconv_triton"
             fakes = torch.utils._pytree.tree_leaves(_fake(func, args))
             assert [(f.shape, f.stride(), f.dtype) for f in fakes] == [(r.shape, r.stride(), r.dtype) for r in results]
+
+
+@pytest.mark.parametrize(("window", "head_dim"), (((17, 16), 16), ((2, 2), 136)), ids=str)
+def test_windows_and_heads_too_large_for_a_program(window, head_dim, monkeypatch):
+    """Forced, an error that names the limits; chosen automatically, the reference."""
+    case = small("window_attention", 1, 3, 3, head_dim, window=window, shift=(1, 1))
+    inputs = make_inputs(case, torch.float32)
+    with pytest.raises(RuntimeError, match=r"'triton' was asked for and cannot run: windows of 256 tokens and a head_dim of 128 at most"):
+        on_triton("window_attention", inputs)
+    monkeypatch.setitem(_registry.ORDER, "cpu", ("triton",))
+    assert ops.select("window_attention", *inputs.tensors.values()).backend == "triton"
+    same_bits(run(ops.window_attention, inputs), run(hub("window_attention").reference, inputs))
 
 
 def _fake(func, args):
