@@ -91,6 +91,46 @@ def predict(kind: str, stage: int, batch: int = 128) -> Prediction:
     )
 
 
+# Forward with the norm (depthwise_conv_norm), saving z for backward. In one launch a block goes through its tile in steps of 16
+# channels, for each of which it stages the tile and the filters anew; apart, the norm reads z again and writes y. Counters of one
+# launch at the batch of tests/test_simt_norm_mma.py; warp instructions of a step (staging, filters, mma and addresses, z), and of the norm
+# of a lane's 32 channels.
+JOINED = {1: Counters(3, 0.046, 120.0, 0.406, 358, 4), 2: Counters(3, 0.037, 164.6, 0.531, 261, 4)}
+STEP, NORM = 85 * 4 + 115 + 600 + 2 * 101, 650
+NORM_LANES = {1: 4, 2: 8}  # of 32 channels, to a pixel
+
+
+def predict_norm(stage: int, joined: bool, batch: int = 128) -> list[Prediction]:
+    """Of each launch."""
+    size, C = STAGES[stage]
+    outputs, per_second = batch * size * size * C, SMS * CLOCK
+    norm = NORM * NORM_LANES[stage] / (32 * C)  # warp instructions an output
+    if not joined:
+        return [predict("forward", stage, batch), Prediction(4 * outputs / BANDWIDTH, 0, 0, outputs * norm / (ISSUE * per_second))]
+    c = JOINED[stage]
+    issue = STEP * WARPS / (CHANNELS * c.outputs) + norm
+    return [
+        Prediction(
+            2 * outputs * (c.activations + c.rest) / BANDWIDTH,
+            outputs * c.fma / (MMA * per_second),
+            outputs * c.passes / (SHARED * per_second),
+            outputs * issue / (ISSUE * per_second),
+        )
+    ]
+
+
+def norm_table(batch: int = 128) -> str:
+    lines = ["| microseconds | memory | tensor cores | shared memory | issue | predicted |", "|---|---|---|---|---|---|"]
+    for stage in JOINED:
+        for joined in (True, False):
+            launches = predict_norm(stage, joined, batch)
+            cells = " | ".join(f"{1e6 * sum(values):.0f}" for values in zip(*launches))
+            low, high = (sum(getattr(p, way) for p in launches) for way in ("overlapped", "serial"))
+            form = "one launch" if joined else "apart"
+            lines.append(f"| stage {stage} with the norm, {form} | {cells} | {1e6 * low:.0f} to {1e6 * high:.0f} |")
+    return "\n".join(lines)
+
+
 def table(batch: int = 128) -> str:
     lines = [
         "| microseconds | floor | memory | tensor cores | shared memory | issue | predicted | 49 FFMA an output |",
@@ -111,3 +151,5 @@ def table(batch: int = 128) -> str:
 if __name__ == "__main__":
     print("Predicted for an H200, batch 128, bfloat16; not measured.\n")
     print(table())
+    print()
+    print(norm_table())

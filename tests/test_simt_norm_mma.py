@@ -1,9 +1,12 @@
 """depthwise_conv_norm joined on tensor cores, in the simulator: any size, any order, its traffic, registers' worth of mma, seeded bugs."""
 
 import itertools
+import math
 import re
+import runpy
 
 import pytest
+from simt import build
 from simt.build import Bug
 from simt.control import ORDERS
 from test_simt_counters import SHARED, count, wavefronts
@@ -64,6 +67,20 @@ def test_traffic(stage, wide):
         # 112 an output of whole strips; the last band of four strips of three rows ends where it ends
         assert fma <= 1.11 * 112 * 8 * -(-W // 8) / W * (12 * -(-H // 12) / H)
         assert launch.threads * (1 if launch.threads == 512 else (SHARED["sm_90"] + 1024) // (launch.shared_bytes + 1024)) >= 512
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_cost_model_has_these_counters(stage):
+    model = runpy.run_path(str(build.ROOT / "benchmarks" / "cost_model.py"))
+    shape = (4, *STAGES[stage][1:])
+    traffic, committed, outputs = count("depthwise_conv_norm", shape)["fwd"], model["JOINED"][stage], math.prod(shape)
+    (launch,) = traffic.launches
+    measured = (traffic.rest, launch.mma * 16 * 8 * 16 / outputs, launch.sum("wavefronts", space="shared") / outputs)
+    assert (committed.activations, committed.outputs) == (round(traffic.distinct), outputs // shape[3] // launch.blocks)
+    assert (committed.rest, committed.fma, committed.passes) == pytest.approx(measured, rel=0.02)
+    for joined in (True, False):
+        assert all(p.memory <= p.overlapped <= p.serial for p in model["predict_norm"](stage, joined))
 
 
 FAULTS = {
