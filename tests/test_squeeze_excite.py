@@ -16,13 +16,6 @@ def test_widths(C, reduced, data_format):
     check_op(case, torch.float32, "cpu")
 
 
-@pytest.mark.parametrize("data_format", ("NHWC", "NCHW"))
-def test_results_past_the_caches(data_format):
-    """From 8 MiB on they are stored past the caches: vectors that cross from pixel to pixel, planes that start off a vector."""
-    case = Case("squeeze_excite", (2, 131, 127, 63), act="silu", reduced=3, options=(("data_format", data_format),))
-    check_op(case, torch.float32, "cpu")
-
-
 @pytest.mark.parametrize("channels_last", (True, False))
 def test_means_of_a_large_map(channels_last):
     """Half a million pixels around 1: sums one after the other would be off by thousands of units of roundoff."""

@@ -99,7 +99,6 @@ struct MapParams {
   void* partial;                           // [N][slices][C], or [N][C] channels first
   const void *factor, *summand;            // out = (dy, or x where it is null) factor + summand, [N][C]; summand or null
   MutableArray out;
-  bool streamed;                           // out goes past the caches
 };
 
 // A layer on N vectors, or its gradients. [M, K] is the weight; all in the accumulation type.

@@ -11,11 +11,6 @@ constexpr const char* kOp = "squeeze_excite";
 constexpr int64_t kWorth = 1 << 16;  // multiplications worth a second thread
 constexpr int64_t kResident = 768 << 10;  // bytes of a map that a core still has in its L2 cache after a pass over it
 
-// Bytes of a result that goes past the caches: what reads it next would not find it there, and x stays. Forward on one core
-// with 1 MiB of L2 and 32 MiB of L3 cache (AMD EPYC, AVX-512, 2026-11-23, benchmarks/bench_squeeze_excite.py): 12.8 MB, channels
-// last, 0.75 ms without and 0.46 ms with; 9.6 MB 0.39 and 0.33 ms; 6 MB 0.19 and 0.21 ms.
-constexpr int64_t kStreamed = 8 << 20;
-
 struct Sizes {
   int64_t N, L, C, R;
   bool channels_last, two;  // two layers
@@ -48,7 +43,6 @@ MapParams map_params(const Sizes& s, const Tensor& x) {
   p.N = s.N, p.L = s.L, p.C = s.C, p.channels_last = s.channels_last;
   p.slices = s.channels_last ? ceil_div(s.L, kSlicePixels) : 1;
   p.x = array(x);
-  p.streamed = x.numel() * dtype_size(p.x.dtype) >= kStreamed;
   return p;
 }
 

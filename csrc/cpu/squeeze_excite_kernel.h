@@ -122,15 +122,13 @@ template <class A> void map_sum_as(const MapParams& p, char* scratch, int64_t be
 
 // out = in factor + summand (or null) for `count` elements in a row, over which factor and summand repeat.
 template <class A, bool kAdd>
-FC_INLINE void apply_rows(const A* in, const A* factor, const A* summand, int64_t period, A* out, int64_t count, bool streamed) {
-  streamed = streamed && period % kLanes<A> == 0 && reinterpret_cast<uintptr_t>(out) % kVectorBytes == 0;
+FC_INLINE void apply_rows(const A* in, const A* factor, const A* summand, int64_t period, A* out, int64_t count) {
   for (int64_t i = 0; i < count; i += period, in += period, out += period) {
     const int64_t elements = count - i < period ? count - i : period;
     const auto step = [&](int64_t c, int64_t lanes) __attribute__((always_inline)) {
       Vec<A> v = load_lanes<A>(in + c, lanes) * load_lanes<A>(factor + c, lanes);
       if constexpr (kAdd) v += load_lanes<A>(summand + c, lanes);
-      if (streamed && lanes == kLanes<A>) store_streamed<A>(out + c, v);
-      else store_lanes<A>(out + c, v, lanes);
+      store_lanes<A>(out + c, v, lanes);
     };
     int64_t c = 0;
     for (; c + kLanes<A> <= elements; c += kLanes<A>) step(c, kLanes<A>);
@@ -139,7 +137,7 @@ FC_INLINE void apply_rows(const A* in, const A* factor, const A* summand, int64_
 }
 
 // The same for a plane of one channel, in whole vectors: the first and the last overlap those between, which are aligned.
-template <class A, bool kAdd> FC_INLINE void apply_run(const A* in, A factor, A summand, A* out, int64_t count, bool streamed) {
+template <class A, bool kAdd> FC_INLINE void apply_run(const A* in, A factor, A summand, A* out, int64_t count) {
   const auto value = [&](int64_t i, int64_t lanes) __attribute__((always_inline)) {
     Vec<A> v = load_lanes<A>(in + i, lanes) * factor;
     if constexpr (kAdd) v += summand;  // without: -0 stays -0
@@ -149,8 +147,7 @@ template <class A, bool kAdd> FC_INLINE void apply_run(const A* in, A factor, A 
   store_as(out, value(0, kLanes<A>));
   int64_t i = kLanes<A> - static_cast<int64_t>(reinterpret_cast<uintptr_t>(out) / sizeof(A)) % kLanes<A>;
   for (; i + kLanes<A> <= count; i += kLanes<A>) {
-    if (streamed) store_streamed<A>(out + i, value(i, kLanes<A>));
-    else store<A>(out + i, value(i, kLanes<A>));
+    store<A>(out + i, value(i, kLanes<A>));
   }
   if (i < count) store_as(out + count - kLanes<A>, value(count - kLanes<A>, kLanes<A>));
 }
@@ -168,7 +165,7 @@ template <class A, bool kAdd> void apply_as(const MapParams& p, char* scratch, i
   A *a = carve<A>(scratch, size), *o = carve<A>(scratch, size), *factors = carve<A>(scratch, repeats_size<A>(p)), *summands = carve<A>(scratch, repeats_size<A>(p));
   const Array in = p.dy.data ? p.dy : p.x;
   const A *factor = static_cast<const A*>(p.factor), *summand = static_cast<const A*>(p.summand);
-  const bool direct = dtype_size(p.out.dtype) == sizeof(A), streamed = direct && p.streamed;
+  const bool direct = dtype_size(p.out.dtype) == sizeof(A);
   const auto target = [&](int64_t element) __attribute__((always_inline)) { return direct ? reinterpret_cast<A*>(at(p.out, element)) : o; };
   int64_t image = -1;
   for (int64_t task = end - 1; task >= begin; --task) {  // backwards: the cache holds what the sums read last
@@ -183,7 +180,7 @@ template <class A, bool kAdd> void apply_as(const MapParams& p, char* scratch, i
         const int64_t count = (row1 - row < step ? row1 - row : step) * C, element = (n * L + row) * C;
         const A* from = read(in, element, count, a);
         A* to = target(element);
-        apply_rows<A, kAdd>(from, f, s, period, to, count, streamed);
+        apply_rows<A, kAdd>(from, f, s, period, to, count);
         if (!direct) write(p.out, element, count, to);
       }
     } else {
@@ -193,12 +190,11 @@ template <class A, bool kAdd> void apply_as(const MapParams& p, char* scratch, i
           const int64_t count = L - i < kMapChunk ? L - i : kMapChunk, element = plane * L + i;
           const A* from = read(in, element, count, a);
           A* to = target(element);
-          apply_run<A, kAdd>(from, factor[plane], kAdd ? summand[plane] : A(0), to, count, streamed);
+          apply_run<A, kAdd>(from, factor[plane], kAdd ? summand[plane] : A(0), to, count);
           if (!direct) write(p.out, element, count, to);
         }
     }
   }
-  if (streamed) end_streams();
 }
 template <class A> void map_apply_as(const MapParams& p, char* scratch, int64_t begin, int64_t end) {
   p.summand ? apply_as<A, true>(p, scratch, begin, end) : apply_as<A, false>(p, scratch, begin, end);

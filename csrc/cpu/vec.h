@@ -135,24 +135,6 @@ template <class A, class T> FC_INLINE void store_lanes(T* p, Vec<A> v, int64_t l
   for (int64_t i = 0; i < lanes; ++i) p[i] = tail[i];
 }
 
-// Past the caches, to an aligned address: no other thread sees it before end_streams.
-template <class A> FC_INLINE void store_streamed(A* p, Vec<A> v) {
-#if FASTCONV_VECTOR_BYTES == 64
-  if constexpr (sizeof(A) == 8) _mm512_stream_pd(p, (__m512d)v);
-  else _mm512_stream_ps(p, (__m512)v);
-#elif FASTCONV_VECTOR_BYTES == 32
-  if constexpr (sizeof(A) == 8) _mm256_stream_pd(p, (__m256d)v);
-  else _mm256_stream_ps(p, (__m256)v);
-#else
-  store(p, v);
-#endif
-}
-FC_INLINE void end_streams() {
-#if FASTCONV_VECTOR_BYTES >= 32
-  _mm_sfence();
-#endif
-}
-
 // Calls f with a null pointer of the element type of `dtype`; only the types that go with the accumulation type A.
 template <class A, class F> FC_INLINE void with_type(DType dtype, F&& f) {
   if constexpr (sizeof(A) == 8) {
