@@ -97,14 +97,14 @@ MUTANTS = {
 }
 GATE, LAYER = "squeeze_excite_kernel.h", "layer_kernel.h"
 MUTANTS |= {
-    "pixels of the last rows lost": (GATE, "for (; i < count; ++i) add_rows", "for (; i < 0; ++i) add_rows", ("squeeze_excite",)),
+    "pixels of the last rows lost": (GATE, ", add(std::integral_constant<int, 1>{});", ";", ("squeeze_excite",)),
     "one chunk of a plane": (GATE, "i < L; i += kPlaneRun", "i < kPlaneRun; i += kPlaneRun", ("squeeze_excite",)),
     "lanes of a layer mixed up": ("vec.h", "I % kHalf + kHalf)...)", "I % kHalf)...)", ("squeeze_excite",)),
     "a layer's last inputs lost": (LAYER, "if (full < K) {", "if (full > K) {", ("squeeze_excite",)),
     "derivative of the act lost": (LAYER, "if (p.gradient_at) v = ", "if (p.gradient_at) ", ("squeeze_excite",)),
     "gate of another image": (GATE, "factor + n * C", "factor", ("squeeze_excite",)),
     "repeated gate of another image": (GATE, "ready = n == image", "ready = image >= 0", ("squeeze_excite",)),
-    "planes that start late": (GATE, "if (i > 0) step(0, i);", "", ("squeeze_excite",)),
+    "planes that start late": (GATE, "store_as(out, value(0, kLanes<A>));", "", ("squeeze_excite",)),
 }
 WINDOW, ONLY = "window_attention_kernel.h", ("window_attention",)
 MUTANTS |= {
