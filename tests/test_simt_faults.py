@@ -16,7 +16,7 @@ from simt.control import ORDERS
 
 CONV, BACKWARD = "cuda/depthwise_conv_kernel.cu", "cuda/depthwise_conv_bwd_kernel.cu"
 TILE, GENERAL = "cuda/conv_tile.cuh", "cuda/depthwise_conv_general_kernel.cu"
-JOINED = "cuda/depthwise_conv_norm_joined_kernel.cu"
+JOINED, NORM = "cuda/depthwise_conv_norm_joined_kernel.cu", "cuda/norm_joined.cuh"
 REDUCE, TAIL = "cuda/reduce_kernel.cu", "cuda/residual_scale_kernel.cu"
 CONTRACT, SANITIZER, CRASH = 3, 66, -11
 STAGED = """copy_async_wait<0>();
@@ -80,7 +80,7 @@ FAULTS = {
         "depthwise_conv:14:float32",
     ),
     "no barrier before the norm": race(
-        "missing barrier", Bug(JOINED, "sync_threads();\n  const int columns", "const int columns"), "depthwise_conv_norm:1:float32"
+        "missing barrier", Bug(NORM, "sync_threads();\n  for (int first", "for (int first"), "depthwise_conv_norm:1:float32"
     ),
     "the norm's weights over a tile": race(
         "live-buffer overwrite",
