@@ -10,11 +10,13 @@ import pytest
 import timm
 import torch
 import torchvision
+from functorch.compile import make_boxed_func
 from official_convnext import Network
 from patch_contract import SingleProcessContract
 from patch_helpers import assert_agree, randomise_, step
 from patch_small import OPS, backends, images, make, pair
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models.convnext import CNBlockConfig
@@ -122,6 +124,36 @@ def test_derivatives_of_every_order():
     assert torch.autograd.gradcheck(_linear.as_convolution, leaves)
     assert torch.autograd.gradgradcheck(_linear.as_convolution, leaves)
     assert torch.autograd.gradcheck(lambda x, w: _linear.as_convolution(x, w, None), leaves[:2])
+
+
+def test_compiled_layers_are_operators_of_their_own():
+    """Traced, the convolution would get its map transposed; the operators take rows and give rows."""
+    seen = []
+
+    def backend(graph, inputs):
+        seen.extend(node.target for node in graph.graph.nodes if node.op == "call_function")
+        return make_boxed_func(graph.forward)
+
+    x, weight, bias = (torch.randn(s, requires_grad=True) for s in ((2, 3, 4), (5, 4), (5,)))
+    compiled = torch.compile(_linear.as_convolution, backend=aot_autograd(fw_compiler=backend), fullgraph=True)
+    results = []
+    for f in (compiled, nn.functional.linear):
+        y = f(x, weight, bias)
+        results.append([y, *torch.autograd.grad(y.square().sum(), (x, weight, bias))])
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected)
+    ops = torch.ops.fastconv
+    assert ops.pointwise_conv.default in seen and ops.pointwise_conv_backward.default in seen
+    assert not any("convolution" in str(target) for target in seen)
+
+
+def test_opcheck():
+    x, weight, dy = torch.randn(6, 4), torch.randn(5, 4), torch.randn(6, 5)
+    tests = ("test_schema", "test_faketensor", "test_aot_dispatch_static", "test_aot_dispatch_dynamic")
+    for bias in (None, torch.randn(5)):
+        torch.library.opcheck(torch.ops.fastconv.pointwise_conv.default, (x, weight, bias), test_utils=tests)
+    for needs in ((True, True), (True, False), (False, True)):
+        torch.library.opcheck(torch.ops.fastconv.pointwise_conv_backward.default, (dy, x, weight, *needs), test_utils=tests)
 
 
 @pytest.mark.parametrize("frozen", [("weight",), ("bias",), ("weight", "bias")])

@@ -59,15 +59,53 @@ def convolution_is_faster(x: torch.Tensor, weight: torch.Tensor) -> bool:
     )
 
 
+def _as_map(x: torch.Tensor) -> torch.Tensor:
+    """Rows (rows, C) as one image of one column in channels_last: what the rows were before matters to oneDNN, which is half as
+    fast on many small images."""
+    return x.view(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)
+
+
+def _forward(x, weight, bias):
+    return F.conv2d(_as_map(x), weight[:, :, None, None], bias).permute(0, 2, 3, 1).view(-1, weight.shape[0])
+
+
+def _backward(dy, x, weight, need_dx: bool, need_dweight: bool):
+    settings = [1, 1], [0, 0], [1, 1], False, [0, 0], 1  # stride, padding, dilation, transposed, output padding, groups
+    maps = _as_map(dy), _as_map(x), weight[:, :, None, None]
+    dx, dweight, _ = torch.ops.aten.convolution_backward(*maps, None, *settings, [need_dx, need_dweight, False])
+    dx = dx.permute(0, 2, 3, 1).reshape(x.shape) if need_dx else None
+    return dx, dweight.flatten(1) if need_dweight else None
+
+
+# The same as operators of their own, for torch.compile. In a graph of its own the compiler takes an image of one column for
+# contiguous NCHW, and transposes every map before and after the convolution.
+def _backward_op(dy, x, weight, need_dx, need_dweight):
+    return [t for t in _backward(dy, x, weight, need_dx, need_dweight) if t is not None]
+
+
+_library = torch.library.Library("fastconv", "FRAGMENT")
+for _schema, _kernel, _fake in (
+    ("pointwise_conv(Tensor x, Tensor weight, Tensor? bias) -> Tensor", _forward, lambda x, w, b: x.new_empty((x.shape[0], w.shape[0]))),
+    (
+        "pointwise_conv_backward(Tensor dy, Tensor x, Tensor weight, bool need_dx, bool need_dweight) -> Tensor[]",
+        _backward_op,
+        lambda dy, x, w, need_dx, need_dweight: [x.new_empty(t.shape) for t, need in ((x, need_dx), (w, need_dweight)) if need],
+    ),
+):
+    _library.define(_schema)
+    _library.impl(_schema.split("(")[0], _kernel, "CPU")
+    torch.library.register_fake(f"fastconv::{_schema.split('(')[0]}", _fake, lib=_library)
+
+
 class PointwiseConv(torch.autograd.Function):
-    """conv2d(x, weight, bias) for a 1x1 kernel. Differs from torch's own in dbias alone: oneDNN adds up its rows one by one,
-    which over the 25,088 pixels of a first stage is ten times less accurate than the sum that nn.Linear takes."""
+    """x weight^T + bias for x (rows, C), as a 1x1 convolution. Differs from torch's own in dbias alone: oneDNN adds up its rows one
+    by one, which over the 25,088 pixels of a first stage is ten times less accurate than the sum that nn.Linear takes."""
 
     @staticmethod
     def forward(ctx, x, weight, bias):
         ctx.save_for_backward(x, weight)
         ctx.set_materialize_grads(False)
-        return F.conv2d(x, weight, bias)
+        return torch.ops.fastconv.pointwise_conv(x, weight, bias) if torch.compiler.is_compiling() else _forward(x, weight, bias)
 
     @staticmethod
     def backward(ctx, dy):
@@ -75,13 +113,19 @@ class PointwiseConv(torch.autograd.Function):
             return None, None, None
         x, weight = ctx.saved_tensors
         need_dx, need_dweight, need_dbias = ctx.needs_input_grad
-        settings = [1, 1], [0, 0], [1, 1], False, [0, 0], 1  # stride, padding, dilation, transposed, output padding, groups
-        dx, dweight, _ = torch.ops.aten.convolution_backward(dy, x, weight, None, *settings, [need_dx, need_dweight, False])
-        return dx, dweight, dy.sum((0, 2, 3)) if need_dbias else None
+        dx, dweight = gradients(dy.contiguous(), x, weight, need_dx, need_dweight)
+        return dx, dweight, dy.sum(0) if need_dbias else None
+
+
+def gradients(dy, x, weight, need_dx: bool, need_dweight: bool):
+    """dx and dweight of PointwiseConv, each None where it is not needed."""
+    if not torch.compiler.is_compiling():
+        return _backward(dy, x, weight, need_dx, need_dweight)
+    grads = iter(torch.ops.fastconv.pointwise_conv_backward(dy, x, weight, need_dx, need_dweight))
+    return next(grads) if need_dx else None, next(grads) if need_dweight else None
 
 
 def as_convolution(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """F.linear(x, weight, bias) by the kernel of a 1x1 convolution, over one image of one column: what the rows were before
-    matters to oneDNN, which is half as fast on many small images."""
-    y = PointwiseConv.apply(x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2), weight[:, :, None, None], bias)
-    return y.permute(0, 2, 3, 1).view(*x.shape[:-1], weight.shape[0])
+    """F.linear(x, weight, bias) by the kernel of a 1x1 convolution."""
+    y = PointwiseConv.apply(x.reshape(-1, x.shape[-1]), weight, bias)
+    return y.view(*x.shape[:-1], weight.shape[0])

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from . import _registry
 from ._checks import check_device, check_float, dense, resolve_dtypes, without_autocast
 from ._function import first_order_only, needs_grad
-from ._linear import as_convolution, convolution_is_faster
+from ._linear import as_convolution, convolution_is_faster, gradients
 
 OP = "gelu_linear"
 APPROXIMATIONS = ("none", "tanh")
@@ -113,10 +113,7 @@ def _weight_gradient(dout, y, weight):
     """dout^T y, by the kernel of the forward."""
     if not convolution_is_faster(y, weight):
         return dout.t() @ y
-    as_image = [t.reshape(1, -1, 1, t.shape[-1]).permute(0, 3, 1, 2) for t in (dout, y)]
-    settings = [1, 1], [0, 0], [1, 1], False, [0, 0], 1  # stride, padding, dilation, transposed, output padding, groups
-    grads = torch.ops.aten.convolution_backward(*as_image, weight[:, :, None, None], None, *settings, [False, True, False])
-    return grads[1].view(weight.shape)
+    return gradients(dout, y, weight, False, True)[1]
 
 
 def gelu_linear(
