@@ -11,6 +11,14 @@ def build_meta(name, **kw):
         return MODELS[name].build(**kw)
 
 
+def smallest_of_each_family():
+    """Names, one for each family and set of ops: their code is the family's."""
+    smallest = {}
+    for spec in sorted(MODELS.values(), key=lambda spec: spec.params):
+        smallest.setdefault((spec.module, spec.family, spec.ops), spec.name)
+    return list(smallest.values())
+
+
 def shapes(state):
     return {name: tuple(tensor.shape) for name, tensor in state.items()}
 

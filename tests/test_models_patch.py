@@ -3,21 +3,12 @@
 import warnings
 
 import pytest
-from model_helpers import build_meta, shapes
+from model_helpers import build_meta, shapes, smallest_of_each_family
 
 import fastconv
 from fastconv.models import MODELS
 
-
-def smallest_of_each_family():
-    """Their code is the family's: the quick suite's share of a test that takes seconds on the largest."""
-    smallest = {}
-    for spec in sorted(MODELS.values(), key=lambda spec: spec.params):
-        smallest.setdefault((spec.module, spec.family, spec.ops), spec.name)
-    return set(smallest.values())
-
-
-QUICK = smallest_of_each_family()
+QUICK = smallest_of_each_family()  # the quick suite's share of a test that takes seconds on the largest
 NAMES = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in MODELS]
 
 
@@ -31,7 +22,8 @@ def test_patch(name):
         warnings.simplefilter("error")
         report = fastconv.patch(model)
     assert {site.op for site in report.fused} == set(MODELS[name].ops)
-    assert all(site.reason for site in report.declined)
+    assert {site.status for site in report.sites} <= {"fused", "native", "declined"}
+    assert all(site.reason for site in report.declined + report.native)
     fused, blocks = report.blocks
     assert {site.op for site in report.declined} <= {"grouped_conv"}
     assert fused == blocks - len(report.declined) and (fused > 0) == bool(report.fused)
