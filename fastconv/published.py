@@ -62,8 +62,9 @@ TABLE = (
 
 def count(row: Row) -> tuple[float, float]:
     """Parameters (millions) and multiply-adds an image (billions) of the bundled model; nothing is computed."""
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+    with torch.device("meta"):
         model = MODELS[row.name].build(**{n: v for n in ("img_size", "window_size") if (v := getattr(row, n))}).eval()
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter, torch.device("meta"):
         model(torch.empty(1, 3, row.size, row.size))
     return sum(p.numel() for p in model.parameters()) / 1e6, counter.get_total_flops() / 2e9
 

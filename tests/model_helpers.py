@@ -41,7 +41,7 @@ def randomize(model):
 def counts(name):
     """(parameters, multiply-accumulates of one image) of a bundled model at its published resolution, on the meta device."""
     model, size = build_meta(name).eval(), MODELS[name].resolution
-    with FlopCounterMode(display=False) as counter, torch.device("meta"):
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter, torch.device("meta"):
         output = model(torch.empty(1, 3, size, size))
     assert output.shape == (1, 1000)
     return sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2

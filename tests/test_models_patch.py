@@ -1,8 +1,11 @@
-"""`fastconv.patch` on every bundled model: what it fuses is what the table says, and nothing of the user's changes."""
+"""The table of bundled models: it says what `fastconv.patch` fuses, which changes nothing of the user's, and what the docstrings say."""
 
+import importlib
+import re
 import warnings
 
 import pytest
+from convnet_helpers import published
 from model_helpers import build_meta, shapes, smallest_of_each_family
 
 import fastconv
@@ -34,6 +37,22 @@ def test_patch(name):
     assert changed == {site.name for site in report.fused}
     fastconv.unpatch(model)
     assert {name: type(module) for name, module in model.named_modules()} == kinds
+
+
+def numbers(line):
+    """Those of a line of text; counts in full also in millions and billions."""
+    found = {float(number.replace(",", "")) for number in re.findall(r"\d[\d,]*(?:\.\d+)?", line)}
+    return found | {published(number / unit) for number in found if number > 1e4 for unit in (1e6, 1e9)}
+
+
+@pytest.mark.parametrize("module", sorted({spec.module for spec in MODELS.values()}))
+def test_docstrings_hold_the_table(module):
+    """Paper, year, and a line with the parameters and GMACs of each model, as `fastconv models` lists them."""
+    text = importlib.import_module(f"fastconv.models.{module}").__doc__
+    assert re.search(r"\b(19|20)\d\d\b", text) and ("arXiv" in text or "Proceedings" in text)
+    for spec in MODELS.values():
+        if spec.module == module:
+            assert any({spec.params, spec.gmacs} <= numbers(line) for line in text.splitlines()), spec.name
 
 
 def test_the_quick_models_are_of_every_file():
