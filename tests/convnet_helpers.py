@@ -20,7 +20,7 @@ def check_published(name, params, macs, **kw):
     """The model has exactly these counts at its resolution, and its Spec states them rounded (kw aside)."""
     model, spec = build_meta(name, **kw).eval(), MODELS[name]
     in_chans = next(model.parameters()).shape[1]
-    with FlopCounterMode(display=False) as counter, torch.device("meta"):
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter, torch.device("meta"):
         model(torch.empty(1, in_chans, spec.resolution, spec.resolution))
     assert (sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2) == (params, macs)
     if not kw:

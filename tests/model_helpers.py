@@ -11,6 +11,14 @@ def build_meta(name, **kw):
         return MODELS[name].build(**kw)
 
 
+def smallest_of_each_family():
+    """Names, one for each family and set of ops: their code is the family's."""
+    smallest = {}
+    for spec in sorted(MODELS.values(), key=lambda spec: spec.params):
+        smallest.setdefault((spec.module, spec.family, spec.ops), spec.name)
+    return list(smallest.values())
+
+
 def shapes(state):
     return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
@@ -33,7 +41,7 @@ def randomize(model):
 def counts(name):
     """(parameters, multiply-accumulates of one image) of a bundled model at its published resolution, on the meta device."""
     model, size = build_meta(name).eval(), MODELS[name].resolution
-    with FlopCounterMode(display=False) as counter, torch.device("meta"):
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter, torch.device("meta"):
         output = model(torch.empty(1, 3, size, size))
     assert output.shape == (1, 1000)
     return sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2

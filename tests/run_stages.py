@@ -34,7 +34,7 @@ STAGES = (
     Stage("ops", 7),  # op contract, hubs, CPU kernels, and every file that no other stage names
     Stage("triton", 5.5, ("test_triton*.py",)),
     Stage("patch", 8, ("test_patch*.py", "test_convergence*.py")),
-    Stage("models", 6, ("test_models*.py", "test_zoo*.py", "test_cli*.py", "test_demo*.py")),
+    Stage("models", 6, ("test_models*.py", "test_cli*.py", "test_demo*.py", "test_distillation.py")),
     Stage("build", 4, ("test_build.py",)),
     Stage("benchmarks", 2, ("test_benchmarks.py",)),
 )

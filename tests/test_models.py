@@ -189,7 +189,10 @@ def test_models_import_nothing_of_fastconv():
     assert module.ConvNeXtIsotropic(1, 8, num_classes=2)(torch.zeros(1, 3, 16, 16)).shape == (1, 2)
 
 
-@pytest.mark.parametrize("name", COUNTS)
+QUICK = ("convnext_tiny", "convnext_isotropic_small")
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in COUNTS])
 def test_every_supported_site_is_fused(name):
     with torch.device("meta"):
         model = fastconv.create_model(name)

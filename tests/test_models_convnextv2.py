@@ -81,7 +81,7 @@ def test_channels_classes_and_initialisation():
     assert rates == pytest.approx([0.3 * i / 11 for i in range(12)])
 
 
-@pytest.mark.parametrize("name", COUNTS)
+@pytest.mark.parametrize("name", [n if n.endswith("atto") else pytest.param(n, marks=pytest.mark.slow) for n in COUNTS])
 def test_every_site_is_fused(name):
     with torch.device("meta"):
         model = fastconv.create_model(name, fused=True)

@@ -130,6 +130,21 @@ def test_inception_module_with_and_without_bottlenecks():
     assert round((macs + terms["branch2.1.conv"]) / 1e6) == 358
 
 
+def test_googlenet_is_deep_and_small():
+    """22 layers with weights, and no linear one but the head.
+
+    The lecture has 5 million parameters, 12 times less than AlexNet. Of the paper's modules 7.0 M are counted, 9 times less.
+    """
+    model = build_meta("googlenet", aux_logits=False, large_kernel=5)
+    stem = [m for name, m in model.named_modules() if isinstance(m, nn.Conv2d) and name.startswith("conv")]
+    modules = [m for m in model.modules() if isinstance(m, googlenet.Inception)]
+    depths = {max(sum(isinstance(m, nn.Conv2d) for m in branch.modules()) for branch in module.children()) for module in modules}
+    assert depths == {2} and len(stem) + 2 * len(modules) + 1 == 22
+    assert [name for name, m in model.named_modules() if isinstance(m, nn.Linear)] == ["fc"]
+    params, alexnet = (sum(p.numel() for p in m.parameters()) for m in (model, build_meta("alexnet_two_groups")))
+    assert (round(params / 1e6, 1), round(alexnet / params)) == (7.0, 9)
+
+
 @pytest.mark.parametrize("c1, c2, k, side", [(64, 128, 3, 14), (32, 96, 5, 9)])
 def test_depthwise_separable_costs_1_c2_plus_1_k2(c1, c2, k, side):
     """of the standard convolution, in operations and in weights."""

@@ -4,10 +4,10 @@ Fang, Wang, Xie, Sun, Wu, Wang, Huang, Wang, Cao: EVA: Exploring the Limits of M
 CVPR 2023 (arXiv 2211.07636). Fang, Sun, Wang, Huang, Wang, Cao: EVA-02: A Visual Representation for Neon Genesis, 2023
 (arXiv 2303.11331).
 
-A ViT learns to reconstruct, from visible patches, the features that CLIP's vision tower has at the masked ones, and by that scales
-to a billion parameters on public data. EVA-02 learns from EVA itself as the teacher and modernises the block: SwiGLU feed-forward
-(base and large with a norm inside), rotary position embeddings on q and k beside the learned ones: at 304 M parameters
-it passes EVA's billion.
+A ViT learns to reconstruct, from visible patches, the features that CLIP's vision tower has at the masked ones (40%), in cosine
+similarity, and by that scales to a billion parameters on public data. EVA-02 learns from EVA itself as the teacher and modernises
+the block: SwiGLU feed-forward (base and large with a norm inside), rotary position embeddings on q and k beside the learned ones:
+at 304 M parameters it passes EVA's billion.
 
                     channels   hidden   blocks   heads   params M   GMACs            top-1 % (ImageNet-1K)
     EVA giant       1408       6144     40       16       1012.56   267.03 at 224    89.6 (at 336)

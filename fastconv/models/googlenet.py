@@ -4,9 +4,10 @@ Szegedy, Liu, Jia, Sermanet, Reed, Anguelov, Erhan, Vanhoucke, Rabinovich: Going
 (arXiv 1409.4842).
 
 Inception modules: 1x1, 3x3 and 5x5 convolutions and a pooling side by side, concatenated, with 1x1 bottlenecks that cut the depth
-before the large kernels (271 M operations for 854 M in the lecture's example) and after the pooling, whose depth would otherwise
-only grow. 22 layers, one linear layer, and 12 times fewer parameters than AlexNet. Two auxiliary heads inject gradient at the
-lower layers in training; they go when it ends. Winner of ILSVRC 2014 with 6.7% top-5 error.
+before the large kernels (in the lecture's example 358 M operations for 854 M; its terms sum to 271 M) and after the pooling, whose
+depth would otherwise only grow. 22 layers, one linear layer, and by the paper 12 times fewer parameters than AlexNet's 60 M, "only
+5 million"; 7 M are counted. Two auxiliary heads inject gradient at the lower layers in training; they go when it ends. Winner of
+ILSVRC 2014 with 6.7% top-5 error.
 
                                          params M   GMACs at 224    top-1 % (torchvision, one crop)
     googlenet                               13.00           1.50    69.8

@@ -7,10 +7,12 @@ ViT) sees the visible quarter only, without mask tokens, which makes pretraining
 thrown away afterwards, gets encoded and mask tokens in their places and predicts pixels. The loss is the mean squared error of
 masked patches alone, best against each patch's own normalised pixels.
 
-                             encoder                       params M (with decoder)   top-1 % (ImageNet-1K, fine-tuned at 224)
-    base,  patch 16          768 channels, 12 blocks       111.91                    83.6
-    large, patch 16          1024 channels, 24 blocks      329.54                    85.9
-    huge,  patch 14          1280 channels, 32 blocks      657.07                    86.9 (87.8 at 448)
+                       encoder                       params M   GMACs at 224    top-1 % (ImageNet-1K, fine-tuned at 224)
+    base,  patch 16    768 channels, 12 blocks         111.91           9.78    83.6
+    large, patch 16    1024 channels, 24 blocks        329.54          20.76    85.9
+    huge,  patch 14    1280 channels, 32 blocks        657.07          48.56    86.9 (87.8 at 448)
+
+Parameters and arithmetic are those of pretraining, decoder and all, with three quarters of the patches removed.
 
 Module names are those of the official checkpoints. The encoder's (all but `mask_token` and `decoder_*`) are a ViT's.
 """

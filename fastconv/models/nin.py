@@ -10,7 +10,8 @@ Forerunner of the 1x1 bottlenecks of GoogLeNet and ResNet.
     nin_cifar          0.967         0.222 at 32      89.6% (CIFAR-10, 91.2 with augmentation)
     nin_imagenet       7.60          1.10 at 224      59.4% top-1 (authors' Caffe model)
 
-Sizes are those of the authors' Caffe definitions. `features.i` are the mlpconv layers with `conv`, `cccp1` and `cccp2`.
+Sizes are those of the authors' Caffe definitions, where pooling rounds up (rounding down, nin_imagenet would have 0.97 GMACs).
+`features.i` are the mlpconv layers with `conv`, `cccp1` and `cccp2`.
 """
 
 from __future__ import annotations

@@ -9,11 +9,11 @@ they still mix. v2 drops the groups for speed as measured rather than counted: i
 equal width, concatenates and shuffles.
 
                            stage channels          params M   GMACs at 224    top-1 %
-    shufflenet_v1_x1_0     240, 480, 960 (g = 3)       1.86           0.14    67.4 (paper)
-    shufflenet_v2_x0_5      48,  96, 192               1.37           0.04    60.6 (torchvision, one crop)
-    shufflenet_v2_x1_0     116, 232, 464               2.28           0.15    69.4
-    shufflenet_v2_x1_5     176, 352, 704               3.50           0.30    73.0
-    shufflenet_v2_x2_0     244, 488, 976               7.39           0.58    76.2
+    shufflenet_v1_x1_0     240, 480, 960 (g = 3)       1.86          0.137    67.4 (paper)
+    shufflenet_v2_x0_5      48,  96, 192               1.37          0.0405   60.6 (torchvision, one crop)
+    shufflenet_v2_x1_0     116, 232, 464               2.28          0.145    69.4
+    shufflenet_v2_x1_5     176, 352, 704               3.50          0.296    73.0
+    shufflenet_v2_x2_0     244, 488, 976               7.39          0.583    76.2
 
 Module names of v2 are torchvision's, those of v1 the official repository's.
 """
