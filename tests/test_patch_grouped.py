@@ -1,6 +1,7 @@
 """Grouped convolutions, module by module: the contract of patch, which are ours, and which stay torch's own."""
 
 import copy
+import itertools
 import warnings
 
 import pytest
@@ -157,6 +158,17 @@ MODELS = {
 }
 
 
+def steps(model, batches):
+    """`step` of several batches, taken together. Gradients of single numbers make one vector: of one number alone the error has
+    no rms, and eager's may be zero by chance."""
+    outputs, gradients = zip(*(step(model, x) for x in batches))
+    numbers = [n for n, g in gradients[0].items() if g.numel() == 1]
+    joined = {n: torch.stack([g[n] for g in gradients]) for n in gradients[0] if n not in numbers}
+    if numbers:
+        joined["single numbers"] = torch.stack([g[n].reshape(()) for g in gradients for n in numbers])
+    return list(itertools.chain(*outputs)), joined
+
+
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=("nchw", "nhwc"))
 def test_a_model_of_each_library(name, layout):
@@ -165,10 +177,13 @@ def test_a_model_of_each_library(name, layout):
     plain = randomise_(build()).eval().to(memory_format=layout)
     model = copy.deepcopy(plain)
     assert [s.status for s in sites(model)] == count * ["fused"]
-    x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(4)).to(memory_format=layout)
+    count = 6 if any(p.numel() == 1 for p in plain.parameters()) else 1
+    batches = torch.randn(count, 2, 3, 64, 64, generator=torch.Generator().manual_seed(4))
+    batches = [x.to(memory_format=layout) for x in batches]
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
-        assert_agree(step(model, x), step(plain, x), step(copy.deepcopy(plain).double(), x.double()))
+        truth = steps(copy.deepcopy(plain).double(), [x.double() for x in batches])
+        assert_agree(steps(model, batches), steps(plain, batches), truth)
     assert {s.backend for s in fastconv.report(model).sites if s.op == OP} == {"cpu"}
 
 

@@ -183,10 +183,10 @@ def cuda_passes(x, weight, dtype: torch.dtype, shape, nhwc: bool, forced: bool) 
 
 def choose(op: str, x, weight, bias, shape, compute_dtype) -> tuple[_registry.Choice, Passes]:
     """The backend of a call and the passes that it runs; "native" where that is none."""
-    choice, forced, nhwc = _registry.select(op, x, weight, bias), _registry.is_forced(), is_nhwc(x, weight)
-    dtype = compute_dtype or x.dtype
-    if choice.backend == "eager":
+    choice = _registry.select(op, x, weight, bias)
+    if choice.backend == "eager":  # before the layout is looked at: vmap knows none but contiguous
         return choice, NONE
+    forced, nhwc, dtype = _registry.is_forced(), is_nhwc(x, weight), compute_dtype or x.dtype
     if choice.backend == "cuda":
         ours = cuda_passes(x, weight, dtype, shape, nhwc, forced)
     else:
