@@ -187,6 +187,34 @@ def test_a_model_of_each_library(name, layout):
     assert {s.backend for s in fastconv.report(model).sites if s.op == OP} == {"cpu"}
 
 
+NAMED = [
+    (timm.create_model, "resnext50_32x4d", 16),
+    (timm.create_model, "regnetx_032", 25),
+    (timm.create_model, "regnety_032", 21),
+    (timm.create_model, "nfnet_f0", 22),
+    (torchvision.models.get_model, "resnext50_32x4d", 16),
+    (torchvision.models.get_model, "regnet_x_400mf", 22),
+    (fastconv.create_model, "alexnet_two_groups", 1),
+]
+
+
+@pytest.mark.parametrize(("build", "name", "count"), NAMED)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=("nchw", "nhwc"))
+@pytest.mark.slow
+def test_a_whole_model(build, name, count, layout):
+    """Outputs and every gradient, each grouped convolution on our kernels, whatever the table says of its size.
+
+    Seed 1: with 0 a ReLU of regnetx_032 gets a value within rounding of zero, and eager takes the other side than float64.
+    """
+    torch.manual_seed(0)
+    plain = randomise_(build(name, num_classes=10), seed=1).eval().to(memory_format=layout)
+    model = copy.deepcopy(plain)
+    assert [s.status for s in sites(model) if s.status == "fused"] == count * ["fused"]
+    x = torch.randn(2, 3, 67, 75, generator=torch.Generator().manual_seed(4)).to(memory_format=layout)
+    assert_agree(step(model, x), step(plain, x))
+    assert {s.backend for s in fastconv.report(model).sites if s.op == OP and s.status == "fused"} == {"cpu"}
+
+
 class Own(nn.Conv2d):
     def forward(self, x):
         return 2 * super().forward(x)
@@ -299,11 +327,16 @@ def test_each_pass_by_its_own_kernel(table, side, expected):
         assert called(model, x[:1]) == [], "too little work"
     assert fastconv.report(model).sites[0].backend == "native" and fastconv.report(model).sites[0].status == "fused"
     assert_agree(step(model, x), step(plain, x))
-    assert fastconv.report(model).sites[0].backend == ("cpu" if expected else "native")
+    (site,) = fastconv.report(model).sites
+    assert site.backend == ("cpu" if expected else "native")
+    kernel = {28: "ours but for dweight", 14: "ours but for dx and dweight", 13: "torch's own"}[side]
+    assert site.why == f"{kernel}, by the table for such sizes" and site.why in str(fastconv.report(model))
+    assert fastconv.report(copy.deepcopy(model)).sites[0].why == ""
     x = x.bfloat16()
     assert called(model.bfloat16(), x) == [], "the table has no bfloat16"
     with fastconv.use_backend("cpu"):
         assert called(model, x) == ["fwd", "bwd"]
+    assert fastconv.report(model).sites[0].why == ""
 
 
 def test_inference_asks_for_the_forward_alone(table, monkeypatch):
@@ -313,7 +346,9 @@ def test_inference_asks_for_the_forward_alone(table, monkeypatch):
     x = torch.randn(8, 64, 28, 28)
     with torch.no_grad():
         assert called(model, x, train=False) == []
+    assert fastconv.report(model).sites[0].why.startswith("torch's own")
     assert called(model, x) == ["bwd"]
+    assert fastconv.report(model).sites[0].why.startswith("ours but for fwd")
 
 
 def test_the_table_is_read_by_processor_layout_and_stride(monkeypatch):

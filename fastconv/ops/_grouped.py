@@ -182,7 +182,7 @@ def cuda_passes(x, weight, dtype: torch.dtype, shape, nhwc: bool, forced: bool) 
 
 
 def choose(op: str, x, weight, bias, shape, compute_dtype) -> tuple[_registry.Choice, Passes]:
-    """The backend of a call and the passes that it runs; "native" where that is none."""
+    """The backend of a call, with the reason, and the passes that it runs; "native" where that is none."""
     choice = _registry.select(op, x, weight, bias)
     if choice.backend == "eager":  # before the layout is looked at: vmap knows none but contiguous
         return choice, NONE
@@ -192,4 +192,8 @@ def choose(op: str, x, weight, bias, shape, compute_dtype) -> tuple[_registry.Ch
     else:
         ours = ALL if forced else passes(x.device.type, {x.dtype, weight.dtype, dtype}, weight.shape[1], shape, nhwc)
     trained = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
-    return (choice if (any(ours) if trained else ours.fwd) else _registry.Choice("native")), ours
+    runs = any(ours) if trained else ours.fwd
+    theirs = [name for name, mine in zip(Passes._fields, ours) if not mine] if trained and runs else []
+    kernel = f"ours but for {' and '.join(theirs)}" if theirs else "ours" if runs else "torch's own"
+    reason = "" if forced else f"{kernel}, by the table for such sizes"
+    return (choice._replace(reason=reason) if runs else _registry.Choice("native", reason)), ours

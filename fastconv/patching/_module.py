@@ -51,7 +51,7 @@ class FastModule:
                 state = super().__reduce_ex__(4)[2]
             replica.__setstate__(copy.deepcopy(state, memo))
         _sites[replica] = {
-            op: replace(site, backend="-", fallbacks=type(site.fallbacks)(), copies=0, warned=copy.deepcopy(site.warned, memo))
+            op: replace(site, backend="-", why="", fallbacks=type(site.fallbacks)(), copies=0, warned=copy.deepcopy(site.warned, memo))
             for op, site in sites_of(self).items()
         }
         return replica
