@@ -9,7 +9,7 @@ import timm
 import torch
 import torchvision
 from patch_contract import SingleProcessContract
-from patch_helpers import assert_agree, fast_blocks, randomise_, step
+from patch_helpers import assert_agree, fast_blocks, randomise_, relative, step
 from timm.layers import Conv2dSame, DropPath, ScaledStdConv2d, ScaledStdConv2dSame
 from torch import nn
 from torch.nn.utils import parametrize
@@ -198,21 +198,31 @@ NAMED = [
 ]
 
 
+def smooth_(model):
+    """SiLU for ReLU: of millions of values some lie within rounding of zero, and a ReLU that takes the other side there moves the
+    gradient of everything before it by 1e-4 to 3e-3, eager's from float64 as often as ours."""
+    for m in list(model.modules()):
+        for name, child in m.named_children():
+            if isinstance(child, nn.ReLU):
+                setattr(m, name, nn.SiLU())
+    return model
+
+
 @pytest.mark.parametrize(("build", "name", "count"), NAMED)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=("nchw", "nhwc"))
 @pytest.mark.slow
 def test_a_whole_model(build, name, count, layout):
-    """Outputs and every gradient, each grouped convolution on our kernels, whatever the table says of its size.
-
-    Seed 1: with 0 a ReLU of regnetx_032 gets a value within rounding of zero, and eager takes the other side than float64.
-    """
+    """Outputs and every gradient, each grouped convolution on our kernels, whatever the table says of its size."""
     torch.manual_seed(0)
-    plain = randomise_(build(name, num_classes=10), seed=1).eval().to(memory_format=layout)
-    model = copy.deepcopy(plain)
-    assert [s.status for s in sites(model) if s.status == "fused"] == count * ["fused"]
+    plain = randomise_(build(name, num_classes=10)).eval().to(memory_format=layout)
     x = torch.randn(2, 3, 67, 75, generator=torch.Generator().manual_seed(4)).to(memory_format=layout)
-    assert_agree(step(model, x), step(plain, x))
-    assert {s.backend for s in fastconv.report(model).sites if s.op == OP and s.status == "fused"} == {"cpu"}
+    for original, x_, close in ((copy.deepcopy(plain).double(), x.double(), 1e-9), (smooth_(plain), x, 1e-4)):
+        model = copy.deepcopy(original)
+        assert [s.status for s in sites(model) if s.status == "fused"] == count * ["fused"]
+        actual, expected = step(model, x_), step(original, x_)
+        assert_agree(actual, expected)
+        assert all(relative(g, expected[1][n]) <= close for n, g in actual[1].items())
+        assert {s.backend for s in fastconv.report(model).sites if s.op == OP and s.status == "fused"} == {"cpu"}
 
 
 class Own(nn.Conv2d):
