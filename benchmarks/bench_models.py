@@ -20,7 +20,7 @@ def randomised(model: nn.Module) -> nn.Module:
     """Scales of the size they have after training: with a fresh layer scale of 1e-6 no error of a block would show."""
     with torch.no_grad():
         for name, p in model.named_parameters():
-            if p.ndim == 1 and not name.endswith("bias"):
+            if p.numel() <= max(p.shape, default=1) and not name.endswith("bias"):
                 p.uniform_(0.3, 0.7)
     return model
 

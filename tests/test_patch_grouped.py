@@ -1,6 +1,7 @@
 """Grouped convolutions, module by module: the contract of patch, which are ours, and which stay torch's own."""
 
 import copy
+import itertools
 import warnings
 
 import pytest
@@ -8,7 +9,7 @@ import timm
 import torch
 import torchvision
 from patch_contract import SingleProcessContract
-from patch_helpers import assert_agree, fast_blocks, randomise_, step
+from patch_helpers import assert_agree, fast_blocks, randomise_, relative, step
 from timm.layers import Conv2dSame, DropPath, ScaledStdConv2d, ScaledStdConv2dSame
 from torch import nn
 from torch.nn.utils import parametrize
@@ -157,6 +158,17 @@ MODELS = {
 }
 
 
+def steps(model, batches):
+    """`step` of several batches, taken together. Gradients of single numbers make one vector: of one number alone the error has
+    no rms, and eager's may be zero by chance."""
+    outputs, gradients = zip(*(step(model, x) for x in batches))
+    numbers = [n for n, g in gradients[0].items() if g.numel() == 1]
+    joined = {n: torch.stack([g[n] for g in gradients]) for n in gradients[0] if n not in numbers}
+    if numbers:
+        joined["single numbers"] = torch.stack([g[n].reshape(()) for g in gradients for n in numbers])
+    return list(itertools.chain(*outputs)), joined
+
+
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=("nchw", "nhwc"))
 def test_a_model_of_each_library(name, layout):
@@ -165,11 +177,52 @@ def test_a_model_of_each_library(name, layout):
     plain = randomise_(build()).eval().to(memory_format=layout)
     model = copy.deepcopy(plain)
     assert [s.status for s in sites(model)] == count * ["fused"]
-    x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(4)).to(memory_format=layout)
+    count = 6 if any(p.numel() == 1 for p in plain.parameters()) else 1
+    batches = torch.randn(count, 2, 3, 64, 64, generator=torch.Generator().manual_seed(4))
+    batches = [x.to(memory_format=layout) for x in batches]
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
-        assert_agree(step(model, x), step(plain, x), step(copy.deepcopy(plain).double(), x.double()))
+        truth = steps(copy.deepcopy(plain).double(), [x.double() for x in batches])
+        assert_agree(steps(model, batches), steps(plain, batches), truth)
     assert {s.backend for s in fastconv.report(model).sites if s.op == OP} == {"cpu"}
+
+
+NAMED = [
+    (timm.create_model, "resnext50_32x4d", 16),
+    (timm.create_model, "regnetx_032", 25),
+    (timm.create_model, "regnety_032", 21),
+    (timm.create_model, "nfnet_f0", 22),
+    (torchvision.models.get_model, "resnext50_32x4d", 16),
+    (torchvision.models.get_model, "regnet_x_400mf", 22),
+    (fastconv.create_model, "alexnet_two_groups", 1),
+]
+
+
+def smooth_(model):
+    """SiLU for ReLU: of millions of values some lie within rounding of zero, and a ReLU that takes the other side there moves the
+    gradient of everything before it by 1e-4 to 3e-3, eager's from float64 as often as ours."""
+    for m in list(model.modules()):
+        for name, child in m.named_children():
+            if isinstance(child, nn.ReLU):
+                setattr(m, name, nn.SiLU())
+    return model
+
+
+@pytest.mark.parametrize(("build", "name", "count"), NAMED)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=("nchw", "nhwc"))
+@pytest.mark.slow
+def test_a_whole_model(build, name, count, layout):
+    """Outputs and every gradient, each grouped convolution on our kernels, whatever the table says of its size."""
+    torch.manual_seed(0)
+    plain = randomise_(build(name, num_classes=10)).eval().to(memory_format=layout)
+    x = torch.randn(2, 3, 67, 75, generator=torch.Generator().manual_seed(4)).to(memory_format=layout)
+    for original, x_, close in ((copy.deepcopy(plain).double(), x.double(), 1e-9), (smooth_(plain), x, 1e-4)):
+        model = copy.deepcopy(original)
+        assert [s.status for s in sites(model) if s.status == "fused"] == count * ["fused"]
+        actual, expected = step(model, x_), step(original, x_)
+        assert_agree(actual, expected)
+        assert all(relative(g, expected[1][n]) <= close for n, g in actual[1].items())
+        assert {s.backend for s in fastconv.report(model).sites if s.op == OP and s.status == "fused"} == {"cpu"}
 
 
 class Own(nn.Conv2d):
@@ -284,11 +337,16 @@ def test_each_pass_by_its_own_kernel(table, side, expected):
         assert called(model, x[:1]) == [], "too little work"
     assert fastconv.report(model).sites[0].backend == "native" and fastconv.report(model).sites[0].status == "fused"
     assert_agree(step(model, x), step(plain, x))
-    assert fastconv.report(model).sites[0].backend == ("cpu" if expected else "native")
+    (site,) = fastconv.report(model).sites
+    assert site.backend == ("cpu" if expected else "native")
+    kernel = {28: "ours but for dweight", 14: "ours but for dx and dweight", 13: "torch's own"}[side]
+    assert site.why == f"{kernel}, by the table for such sizes" and site.why in str(fastconv.report(model))
+    assert fastconv.report(copy.deepcopy(model)).sites[0].why == ""
     x = x.bfloat16()
     assert called(model.bfloat16(), x) == [], "the table has no bfloat16"
     with fastconv.use_backend("cpu"):
         assert called(model, x) == ["fwd", "bwd"]
+    assert fastconv.report(model).sites[0].why == ""
 
 
 def test_inference_asks_for_the_forward_alone(table, monkeypatch):
@@ -298,7 +356,9 @@ def test_inference_asks_for_the_forward_alone(table, monkeypatch):
     x = torch.randn(8, 64, 28, 28)
     with torch.no_grad():
         assert called(model, x, train=False) == []
+    assert fastconv.report(model).sites[0].why.startswith("torch's own")
     assert called(model, x) == ["bwd"]
+    assert fastconv.report(model).sites[0].why.startswith("ours but for fwd")
 
 
 def test_the_table_is_read_by_processor_layout_and_stride(monkeypatch):

@@ -52,28 +52,29 @@ UNMEASURED = "torch's own kernel, as long as nobody has measured a faster one he
 
 # Of 3x3 kernels with as many channels a group out as in, for each pass (forward, dx, dweight): channels a group, and the least
 # side of the output, from which on ours are at least a tenth faster.
-# AMD EPYC (Zen 5), one thread, torch 2.15, 2026-11-23: benchmarks/tune_grouped_conv.py DTYPE
+# AMD EPYC (Zen 5), one thread, torch 2.15, 2026-11-23: benchmarks/tune_grouped_conv.py DTYPE. float32 with AVX512 again on
+# 2026-11-28, torch 2.14, beside other work: what held both times, from the larger side on.
 _TABLE: dict[tuple[str, torch.dtype, bool, int], tuple[dict[int, int], dict[int, int], dict[int, int]]] = {
     # instruction set, dtype, whether channels_last, stride
     ("AVX512", torch.float32, False, 1): (
-        {2: 7, 4: 14, 6: 7, 8: 28, 10: 7, 12: 7, 20: 7, 24: 14, 40: 7, 56: 7},
-        {2: 7, 4: 14, 6: 7, 8: 28, 10: 7, 12: 7, 20: 7, 24: 28, 40: 14, 56: 14},
-        {2: 7, 4: 7, 6: 7, 8: 56, 10: 14, 12: 14, 20: 28, 24: 56, 40: 56, 56: 56},
+        {2: 7, 4: 14, 6: 7, 8: 28, 10: 7, 12: 7, 20: 7, 24: 56, 56: 56},
+        {2: 7, 4: 14, 6: 7, 8: 56, 10: 7, 12: 7, 20: 7, 24: 56, 40: 56, 56: 56},
+        {2: 7, 4: 7, 6: 7, 8: 56, 10: 28, 12: 14, 20: 28},
     ),
     ("AVX512", torch.float32, False, 2): (
-        {2: 7, 4: 28, 6: 7, 8: 56, 10: 7, 12: 14, 20: 7, 24: 14, 40: 14, 56: 14},
-        {2: 7, 4: 56, 6: 7, 8: 56, 10: 7, 12: 7, 20: 7, 24: 7, 40: 56, 56: 56},
-        {2: 7, 4: 7, 6: 7, 8: 56, 10: 14, 12: 14, 20: 28, 24: 56, 56: 56},
+        {2: 7, 4: 56, 6: 7, 8: 56, 10: 56, 12: 56, 20: 56, 24: 56, 56: 56},
+        {2: 7, 4: 56, 6: 28, 8: 56, 10: 7, 12: 56, 20: 7, 24: 56, 40: 56, 56: 56},
+        {2: 7, 4: 7, 6: 14, 8: 56, 10: 14, 12: 14, 20: 56, 24: 56},
     ),
     ("AVX512", torch.float32, True, 1): (
-        {2: 7, 4: 7, 6: 7, 8: 7, 10: 7, 12: 7, 20: 7, 24: 7},
-        {2: 7, 4: 7, 6: 7, 8: 14, 10: 14, 12: 7, 20: 14, 24: 14},
-        {2: 14, 4: 14, 6: 28, 8: 56, 10: 56, 12: 56, 20: 56, 24: 56},
+        {2: 7, 4: 7, 6: 7, 8: 56, 10: 14, 12: 7, 20: 7},
+        {2: 7, 6: 7, 10: 14, 12: 7, 20: 14},
+        {2: 14, 4: 28, 6: 28, 8: 56},
     ),
     ("AVX512", torch.float32, True, 2): (
-        {2: 7, 4: 56, 6: 56, 8: 56, 10: 56, 12: 7, 20: 56},
-        {20: 7},
-        {2: 28, 4: 28, 6: 28, 8: 28, 10: 28, 12: 28, 20: 28, 24: 28, 40: 56, 56: 56},
+        {2: 56, 6: 56, 10: 56, 12: 56},
+        {},
+        {2: 56, 4: 56, 6: 56, 8: 28, 10: 28, 12: 56, 20: 28, 24: 28, 40: 56, 56: 56},
     ),
     ("AVX2", torch.float32, False, 1): (
         {2: 7, 4: 7, 6: 7, 8: 14, 10: 7, 12: 7, 20: 7, 24: 56},
@@ -182,14 +183,18 @@ def cuda_passes(x, weight, dtype: torch.dtype, shape, nhwc: bool, forced: bool) 
 
 
 def choose(op: str, x, weight, bias, shape, compute_dtype) -> tuple[_registry.Choice, Passes]:
-    """The backend of a call and the passes that it runs; "native" where that is none."""
-    choice, forced, nhwc = _registry.select(op, x, weight, bias), _registry.is_forced(), is_nhwc(x, weight)
-    dtype = compute_dtype or x.dtype
-    if choice.backend == "eager":
+    """The backend of a call, with the reason, and the passes that it runs; "native" where that is none."""
+    choice = _registry.select(op, x, weight, bias)
+    if choice.backend == "eager":  # before the layout is looked at: vmap knows none but contiguous
         return choice, NONE
+    forced, nhwc, dtype = _registry.is_forced(), is_nhwc(x, weight), compute_dtype or x.dtype
     if choice.backend == "cuda":
         ours = cuda_passes(x, weight, dtype, shape, nhwc, forced)
     else:
         ours = ALL if forced else passes(x.device.type, {x.dtype, weight.dtype, dtype}, weight.shape[1], shape, nhwc)
     trained = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
-    return (choice if (any(ours) if trained else ours.fwd) else _registry.Choice("native")), ours
+    runs = any(ours) if trained else ours.fwd
+    theirs = [name for name, mine in zip(Passes._fields, ours) if not mine] if trained and runs else []
+    kernel = f"ours but for {' and '.join(theirs)}" if theirs else "ours" if runs else "torch's own"
+    reason = "" if forced else f"{kernel}, by the table for such sizes"
+    return (choice._replace(reason=reason) if runs else _registry.Choice("native", reason)), ours

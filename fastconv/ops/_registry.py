@@ -42,7 +42,8 @@ def check_environment() -> None:
 
 
 class Choice(NamedTuple):
-    """The backend that runs a call; `reason` says why a faster one does not ("" when none was passed over).
+    """The backend that runs a call; `reason` says why a faster one does not ("" when none was passed over), or of an op that
+    chooses between ours and torch's by a table what that says.
 
     Beside the names of BACKENDS: "native", torch's own operators, where they are the fastest.
     """

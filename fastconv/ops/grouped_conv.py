@@ -110,7 +110,9 @@ class GroupedConv(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, weight)
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return _forward(x, weight, bias, shape, nhwc, dtype, backend if passes.fwd else "native")
+        # As it lies in memory, (N, H, W, C) or (N, C, H, W): of a view that a Function returns nobody may change the values,
+        # and many an activation does.
+        return _forward(x, weight, bias, shape, nhwc, dtype, backend) if passes.fwd else _native(x, weight, bias, shape, dtype)
 
     @staticmethod
     @first_order_only(OP)
@@ -119,6 +121,7 @@ class GroupedConv(torch.autograd.Function):
             return (None,) * 8
         x, weight = saved
         shape, nhwc, dtype, passes = ctx.shape, ctx.nhwc, ctx.dtype, ctx.passes
+        dy = in_format(dy, "NCHW", nhwc and passes.fwd)
         need_dx, need_dweight, need_dbias = ctx.needs_input_grad[:3]
         dx = dweight = dbias = None
         ours = need_dx and passes.dx, (need_dweight or need_dbias) and passes.dweight
@@ -137,12 +140,14 @@ class GroupedConv(torch.autograd.Function):
 
 
 def _forward(x, weight, bias, shape, nhwc, dtype, backend):
-    if backend == "native":
-        return reference(x, weight, bias, shape.stride, shape.padding, shape.groups, dtype)
+    """As the raw op."""
     parameters = weight.contiguous(), None if bias is None else bias.contiguous()
     fwd = _registry.raw("grouped_conv_fwd", backend)
-    y = fwd(in_layout(x, "NCHW", nhwc), *parameters, *shape.stride, *shape.padding, shape.groups, nhwc, dtype)
-    return in_format(y, "NCHW", nhwc)
+    return fwd(in_layout(x, "NCHW", nhwc), *parameters, *shape.stride, *shape.padding, shape.groups, nhwc, dtype)
+
+
+def _native(x, weight, bias, shape, dtype):
+    return reference(x, weight, bias, shape.stride, shape.padding, shape.groups, dtype)
 
 
 def grouped_conv(
@@ -187,8 +192,9 @@ def grouped_conv(
     dtype, _ = resolve_dtypes(OP, x, weight, compute_dtype, None)
     choice, passes = _grouped.choose(OP, x, weight, bias, shape, dtype)
     if choice.backend in ("eager", "native"):
-        return reference(x, weight, bias, shape.stride, shape.padding, groups, dtype)
+        return _native(x, weight, bias, shape, dtype)
     nhwc = is_nhwc(x, weight)
     if not needs_grad(x, weight, bias):
-        return _forward(x, weight, bias, shape, nhwc, dtype, choice.backend)
-    return GroupedConv.apply(x, weight, bias, shape, nhwc, dtype, choice.backend, passes)
+        return in_format(_forward(x, weight, bias, shape, nhwc, dtype, choice.backend), "NCHW", nhwc)
+    y = GroupedConv.apply(x, weight, bias, shape, nhwc, dtype, choice.backend, passes)
+    return in_format(y, "NCHW", nhwc and passes.fwd)

@@ -51,7 +51,7 @@ class FastModule:
                 state = super().__reduce_ex__(4)[2]
             replica.__setstate__(copy.deepcopy(state, memo))
         _sites[replica] = {
-            op: replace(site, backend="-", fallbacks=type(site.fallbacks)(), copies=0, warned=copy.deepcopy(site.warned, memo))
+            op: replace(site, backend="-", why="", fallbacks=type(site.fallbacks)(), copies=0, warned=copy.deepcopy(site.warned, memo))
             for op, site in sites_of(self).items()
         }
         return replica
@@ -98,14 +98,13 @@ def backend_of(module: FastModule, op: str, reason: str, *tensors: torch.Tensor 
     return choice.backend
 
 
-def settle(module: FastModule, op: str, choice: Choice) -> bool:
-    """As `choose`, for a choice that is made already."""
+def settle(module: FastModule, op: str, choice: Choice) -> None:
+    """Count, warn or raise as `choose` does, for a choice that is made already."""
     plan = module._fastconv
     if not torch.compiler.is_compiling():  # a counter would recompile every call, a warning would break the graph
         record(sites_of(module)[op], choice)
     if plan.strict and choice.backend == "eager" and choice.reason not in ASKED_FOR:
         raise RuntimeError(f"fastconv.patch(strict=True): {op} in {plan.base.__name__} cannot run fused: {choice.reason}")
-    return choice.backend
 
 
 def unwrapped(kind: type) -> type:

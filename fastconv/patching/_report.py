@@ -36,6 +36,7 @@ class Site:
     fallbacks: Counter = field(default_factory=Counter)  # run-time calls of the original code, by reason
     copies: int = 0  # calls whose input had to be copied to channels_last
     warned: Warned = field(default_factory=Warned, repr=False, compare=False)
+    why: str = ""  # that backend, where a call has a choice; "" elsewhere
 
 
 # Beside the modules and never in their __dict__, which ends in checkpoints.
@@ -44,7 +45,7 @@ _sites: weakref.WeakKeyDictionary[torch.nn.Module, dict[str, Site]] = weakref.We
 
 def record(site: Site, choice: Choice, warn: bool = True) -> None:
     """Note one call. A fallback that nobody asked for is counted, and warned about once per model and reason."""
-    site.backend = choice.backend
+    site.backend, site.why = choice.backend, choice.reason if choice.backend != "eager" else ""
     if choice.backend != "eager" or not choice.reason or choice.reason in ASKED_FOR:
         return
     site.fallbacks[choice.reason] += 1
@@ -90,7 +91,7 @@ class Report:
             return "fastconv: no block recognised"
         groups: dict[tuple, list[str]] = defaultdict(list)
         for s in self.sites:
-            groups[s.op, s.type, s.status, s.backend, s.reason].append(s.name)
+            groups[s.op, s.type, s.status, s.backend, s.reason or s.why].append(s.name)
         rows = [("op", "block", "status", "backend", "sites", "reason")]
         for (op, kind, status, backend, reason), names in groups.items():
             where = names[0] if len(names) == 1 else f"{names[0]} .. {names[-1]}"
