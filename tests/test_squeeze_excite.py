@@ -42,6 +42,25 @@ def test_no_layout_is_copied(data_format, turned):
     assert result["out"].stride() == result["dx"].stride() == x.stride()
 
 
+@pytest.mark.parametrize("data_format", ("NHWC", "NCHW"))
+@pytest.mark.parametrize("turned", (False, True))
+def test_what_follows_may_work_in_place(data_format, turned):
+    """As the `x += shortcut` of a residual block does."""
+    inputs = make_inputs(Case("squeeze_excite", (2, 5, 4, 12), options=(("data_format", data_format),)), torch.float32)
+    if turned:
+        axes = (-1, 1) if data_format == "NHWC" else (1, -1)
+        x = inputs.tensors["x"].movedim(*axes).contiguous().movedim(*axes[::-1])
+        inputs = inputs._replace(tensors={**inputs.tensors, "x": x})
+    leaves = [t.requires_grad_() for t in inputs.tensors.values()]
+    with use_backend("cpu"):
+        results = []
+        for add in (torch.Tensor.add_, torch.Tensor.add):
+            out = add(ops.squeeze_excite(**inputs.tensors, **inputs.options), 1)
+            results.append((out, *torch.autograd.grad(out, leaves, inputs.dout)))
+    for in_place, expected in zip(*results):
+        assert torch.equal(in_place, expected)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("data_format", ("NHWC", "NCHW"))
 def test_more_than_2_31_elements(data_format):

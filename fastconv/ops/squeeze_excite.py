@@ -115,28 +115,29 @@ class SqueezeExcite(torch.autograd.Function):
     """Autograd of squeeze_excite; use the function, which checks and chooses the backend."""
 
     @staticmethod
-    def forward(ctx, x, w1, b1, w2, b2, act, gate, data_format, out_dtype, backend):
-        memory, channels_last = in_memory_order(x, data_format)
+    def forward(ctx, x, w1, b1, w2, b2, act, gate, data_format, channels_last, out_dtype, backend):
+        memory = in_layout(x, data_format, channels_last)
         fwd = _registry.raw("squeeze_excite_fwd", backend)
         y, pooled, hidden, z = fwd(memory, w1, b1, w2, b2, act, gate, out_dtype, channels_last, True)
         ctx.options = act, gate, data_format, channels_last, backend
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, w1, w2, pooled, hidden, z, b1, b2)  # biases: for first_order_only
-        return in_format(y, data_format, channels_last)
+        # As it lies in memory: of a view that a Function returns nobody may change the values, and many a residual sum does.
+        return y
 
     @staticmethod
     @first_order_only(OP)
     def backward(ctx, saved, dy):
         if dy is None:
-            return (None,) * 10
+            return (None,) * 11
         x, *rest = saved[:-2]
         act, gate, data_format, channels_last, backend = ctx.options
         need_dx, need_dw1, need_db1, need_dw2, need_db2 = needed = ctx.needs_input_grad[:5]
-        dy, x = (in_layout(t, data_format, channels_last) for t in (dy, x))
+        x = in_layout(x, data_format, channels_last)
         bwd = _registry.raw("squeeze_excite_bwd", backend)
-        dx, *grads = bwd(dy, x, *rest, act, gate, channels_last, need_dx, need_dw1 or need_db1, need_dw2 or need_db2)
+        dx, *grads = bwd(dy.contiguous(), x, *rest, act, gate, channels_last, need_dx, need_dw1 or need_db1, need_dw2 or need_db2)
         grads = (in_format(dx, data_format, channels_last) if need_dx else None, *grads)
-        return *(g if wanted else None for g, wanted in zip(grads, needed)), None, None, None, None, None
+        return *(g if wanted else None for g, wanted in zip(grads, needed)), *(None,) * 6
 
 
 def squeeze_excite(
@@ -187,8 +188,9 @@ def squeeze_excite(
         return reference(x, w1, b1, w2, b2, act, gate, data_format, compute_dtype)
     options = FUNCTIONS.index(act), FUNCTIONS.index(gate)
     w1, b1, w2, b2 = map(dense, (w1, b1, w2, b2))
-    if needs_grad(x, w1, b1, w2, b2):
-        return SqueezeExcite.apply(x, w1, b1, w2, b2, *options, data_format, out_dtype, backend)
     memory, channels_last = in_memory_order(x, data_format)
+    if needs_grad(x, w1, b1, w2, b2):
+        y = SqueezeExcite.apply(x, w1, b1, w2, b2, *options, data_format, channels_last, out_dtype, backend)
+        return in_format(y, data_format, channels_last)
     y = _registry.raw("squeeze_excite_fwd", backend)(memory, w1, b1, w2, b2, *options, out_dtype, channels_last, False)[0]
     return in_format(y, data_format, channels_last)
