@@ -147,6 +147,17 @@ def test_compiled_layers_are_operators_of_their_own():
     assert not any("convolution" in str(target) for target in seen)
 
 
+@pytest.mark.parametrize("function", [_linear.as_convolution, fastconv.ops.gelu_linear], ids=lambda f: f.__name__)
+def test_what_follows_may_work_in_place(function):
+    """As nn.Dropout(inplace=True) does."""
+    x, weight, bias, dy = (torch.randn(s) for s in ((2, 600, 8), (1200, 8), (1200,), (2, 600, 1200)))
+    leaves = [t.requires_grad_() for t in (x, weight, bias)]
+    with fastconv.use_backend("cpu"):
+        outs = [function(*leaves).mul_(2), function(*leaves).mul(2)]
+    for in_place, expected in zip(*([out, *torch.autograd.grad(out, leaves, dy)] for out in outs), strict=True):
+        assert torch.equal(in_place, expected)
+
+
 def test_opcheck():
     x, weight, dy = torch.randn(6, 4), torch.randn(5, 4), torch.randn(6, 5)
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_static", "test_aot_dispatch_dynamic")

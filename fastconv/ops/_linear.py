@@ -66,7 +66,8 @@ def _as_map(x: torch.Tensor) -> torch.Tensor:
 
 
 def _forward(x, weight, bias):
-    return F.conv2d(_as_map(x), weight[:, :, None, None], bias).permute(0, 2, 3, 1).view(-1, weight.shape[0])
+    y = F.conv2d(_as_map(x), weight[:, :, None, None], bias).permute(0, 2, 3, 1).view(-1, weight.shape[0])
+    return y.data  # no view to autograd: of one that a Function returns nobody may change the values, and many a dropout does
 
 
 def _backward(dy, x, weight, need_dx: bool, need_dweight: bool):

@@ -85,7 +85,7 @@ class GeluLinear(torch.autograd.Function):
         ctx.save_for_backward(x, weight, bias)
         with without_autocast(x.device):
             y = _registry.raw("gelu_linear_fwd", backend)(x.view(-1), ctx.tanh, dtype).view(x.shape)
-            return _linear(y, weight.to(dtype), None if bias is None else bias.to(dtype))
+            return _linear(y, weight.to(dtype), None if bias is None else bias.to(dtype)).data  # no view, see PointwiseConv
 
     @staticmethod
     @first_order_only(OP)
