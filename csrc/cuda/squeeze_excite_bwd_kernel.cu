@@ -44,7 +44,8 @@ struct Backward {
 // Gradients of a layer: dweight[m][k] = sum_n dout[n][m] act(in[n][k]) and dbias[m] = sum_n dout[n][m], images in order.
 struct LayerGradient {
   int64_t N, M, K;
-  const float *dout, *in;
+  const float* dout;
+  const float* in;
   Function act;
   MutableArray dweight, dbias;
 };
