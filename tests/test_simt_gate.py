@@ -14,8 +14,8 @@ from simt.control import ORDERS
 from simt.hub import NAMESPACE, simulated
 from test_simt_counters import SHARED, count, wavefronts
 from test_simt_faults import CONTRACT, CRASH, Fault, check, holds, race, says
-from test_simt_ops import DTYPES, chosen, on_simulator, same_bits
-from test_simt_response import FORMS, SETTINGS, every_form, launches_of
+from test_simt_ops import DTYPES, on_simulator, same_bits
+from test_simt_response import FORMS, SETTINGS, every_form, every_sanitizer, launches_of, sanitizers_find_nothing
 
 import fastconv
 from fastconv import _C, use_backend
@@ -188,20 +188,10 @@ def test_traffic(act, site, gpu):
 FEW = ((0, "two passes"), (2, "two passes"), (4, "cluster"), (9, "cluster"), (24, "two passes"))
 
 
-@pytest.mark.parametrize(
-    ("variant", "order", "largest"),
-    (
-        ("asan", "reverse", 10**4),
-        ("tsan", "random", 0),
-        *(pytest.param("asan", order, 10**9, marks=pytest.mark.slow) for order in ORDERS),
-        *(pytest.param("tsan", order, 10**4, marks=pytest.mark.slow) for order in ORDERS),
-    ),
-)
+@every_sanitizer
 @pytest.mark.timeout(1800)
 def test_sanitizers_find_nothing(variant, order, largest):
-    items = [f"{item}:{SETTINGS[form]}" for form in ("two passes", "cluster") for item in chosen(largest) if item.startswith(OP)]
-    items = items or [f"{OP}:{case}:bfloat16:{SETTINGS[form]}" for case, form in FEW]
-    holds(check(build.ops(variant), variant, order, *items), len(items))
+    sanitizers_find_nothing(OP, FEW, variant, order, largest)
 
 
 PASSES, LAYERS = "cuda/image_passes.cuh", "cuda/gate_layers.cuh"

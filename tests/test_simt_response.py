@@ -181,7 +181,7 @@ SETTINGS = {form: ",".join(f"{name}={value}" for name, value in FORMS[form].item
 FEW = ((1, "two passes"), (3, "two passes"), (1, "cluster"))  # vectors, scalars in several slices, a cluster of four
 
 
-@pytest.mark.parametrize(
+every_sanitizer = pytest.mark.parametrize(
     ("variant", "order", "largest"),
     (
         ("asan", "reverse", 10**4),
@@ -190,11 +190,19 @@ FEW = ((1, "two passes"), (3, "two passes"), (1, "cluster"))  # vectors, scalars
         *(pytest.param("tsan", order, 10**4, marks=pytest.mark.slow) for order in ORDERS),
     ),
 )
+
+
+def sanitizers_find_nothing(op, few, variant, order, largest):
+    """In the cases of up to so many elements, in two forms each; in `few` where there are none."""
+    items = [f"{item}:{SETTINGS[form]}" for form in ("two passes", "cluster") for item in chosen(largest) if item.startswith(op)]
+    items = items or [f"{op}:{case}:bfloat16:{SETTINGS[form]}" for case, form in few]
+    holds(check(build.ops(variant), variant, order, *items), len(items))
+
+
+@every_sanitizer
 @pytest.mark.timeout(1800)
 def test_sanitizers_find_nothing(variant, order, largest):
-    items = [f"{item}:{SETTINGS[form]}" for form in ("two passes", "cluster") for item in chosen(largest) if item.startswith(OP)]
-    items = items or [f"{OP}:{case}:bfloat16:{SETTINGS[form]}" for case, form in FEW]
-    holds(check(build.ops(variant), variant, order, *items), len(items))
+    sanitizers_find_nothing(OP, FEW, variant, order, largest)
 
 
 PASSES = "cuda/image_passes.cuh"
