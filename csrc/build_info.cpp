@@ -65,6 +65,11 @@ PYBIND11_MODULE(_C, m) {
      "(blocks of an image, threads, bytes of shared memory) of a global_response_norm that holds an image of L pixels on the chip, `size` bytes"
      " of an element and `sums` of a channel, in accesses of `width` elements, on a GPU of so much shared memory a block and so many blocks"
      " a cluster. No blocks: two passes over memory.");
+  m.def("cuda_gate_plan", [](int64_t L, int64_t C, bool channels_last, int64_t width, int64_t size, int64_t shared, int64_t cluster) {
+    const auto p = fastconv::gate_plan(L, C, channels_last, width, size, {shared, 132, cluster});
+    return py::make_tuple(p.blocks, p.threads, p.shared);
+  }, shape("L"), shape("C"), shape("channels_last"), shape("width"), shape("size"), shape("shared"), shape("cluster"),
+     "The same of a squeeze_excite that holds the map its second pass scales.");
   m.def("cuda_grouped_conv", [](int64_t N, int64_t H, int64_t W, int64_t C, int64_t K, int64_t stride, int64_t pad_h, int64_t pad_w, int64_t groups) {
     const fastconv::GroupedConvShape s{N, H, W, C, K, stride, pad_h, pad_w, groups};
     return py::make_tuple(fastconv::grouped_serves(s), fastconv::grouped_pays(s));

@@ -167,26 +167,47 @@ constexpr int64_t response_slices(int64_t L) { return std::max<int64_t>(1, std::
 // threads. By counters and arithmetic, not yet measured on a GPU.
 struct ResidentPlan {
   int64_t blocks, threads, shared;  // of an image, 0: it does not fit; of a block; bytes of a block
-  int64_t half;                     // floats to the second half of a row of coefficients, see global_response_norm.cuh
+  int64_t half;                     // of global_response_norm.cuh: floats to the second half of a row of coefficients
 };
 constexpr int64_t kResponseGap = 16;  // floats between planes that neighbouring lanes store to and read from
 constexpr int64_t response_scratch_floats(int64_t width, int64_t threads) { return width * threads + ceil_div(width, 4) * kResponseGap; }
 
-// Images of L pixels and C channels in accesses of `width`; `size`: bytes kept of an element; `sums`: over each channel.
-constexpr ResidentPlan response_plan(int64_t L, int64_t C, int64_t width, int64_t size, int64_t sums, const Gpu& gpu) {
+// Two blocks to a multiprocessor, or one of twice the threads, in as few blocks as it takes; bytes(blocks, threads): of a block.
+template <class Bytes> constexpr ResidentPlan resident_plan(int64_t width, const Gpu& gpu, Bytes&& bytes) {
   constexpr int64_t kReserved = 1 << 10, kThreads = 256;  // bytes of each block, for the system
   constexpr int64_t kPortable = 8;                         // blocks of a cluster that every GPU with clusters takes
   ResidentPlan best{};
   if (width == 1) return best;
   for (int64_t blocks = 1; blocks <= gpu.cluster; blocks *= 2) {
-    const int64_t half = round_up(C / 2, 32) + kResponseGap;
-    const auto shared = [&](int64_t threads) {
-      return round_up(ceil_div(L, blocks) * C * size, 16) + 4 * (sums * (C + 2 * half) + response_scratch_floats(width, threads));
-    };
-    if (best.blocks == 0 && shared(2 * kThreads) <= gpu.shared) best = {blocks, 2 * kThreads, shared(2 * kThreads), half};
-    if (blocks <= kPortable && 2 * shared(kThreads) + kReserved <= gpu.shared) return {blocks, kThreads, shared(kThreads), half};
+    const int64_t few = bytes(blocks, kThreads), many = bytes(blocks, 2 * kThreads);
+    if (best.blocks == 0 && many <= gpu.shared) best = {blocks, 2 * kThreads, many, 0};
+    if (blocks <= kPortable && 2 * few + kReserved <= gpu.shared) return {blocks, kThreads, few, 0};
   }
   return best;
+}
+
+// Images of L pixels and C channels in accesses of `width`; `size`: bytes kept of an element; `sums`: over each channel.
+constexpr ResidentPlan response_plan(int64_t L, int64_t C, int64_t width, int64_t size, int64_t sums, const Gpu& gpu) {
+  const int64_t half = round_up(C / 2, 32) + kResponseGap;
+  ResidentPlan plan = resident_plan(width, gpu, [&](int64_t blocks, int64_t threads) {
+    return round_up(ceil_div(L, blocks) * C * size, 16) + 4 * (sums * (C + 2 * half) + response_scratch_floats(width, threads));
+  });
+  plan.half = half;
+  return plan;
+}
+
+// Of squeeze_excite: as those of a global_response_norm in channels_last, where the blocks of a cluster hold a run of pixels each;
+// else a share of the channels, whose planes are only cut where they are large.
+constexpr int64_t gate_slices(int64_t L, bool channels_last) {
+  return channels_last ? response_slices(L) : std::max<int64_t>(1, std::min<int64_t>(64, ceil_div(L, 8192)));
+}
+constexpr int64_t plane_begin(int64_t L, int64_t slices, int64_t i) { return std::min(L, part_begin(ceil_div(L, 8), slices, i) * 8); }
+
+constexpr ResidentPlan gate_plan(int64_t L, int64_t C, bool channels_last, int64_t width, int64_t size, const Gpu& gpu) {
+  return resident_plan(width, gpu, [&](int64_t blocks, int64_t threads) {
+    const int64_t held = channels_last ? ceil_div(L, blocks) * C : ceil_div(C, blocks) * L;
+    return round_up(held * size, 16) + 4 * (round_up(C, 4) + response_scratch_floats(width, threads));
+  });
 }
 
 // One call of a grouped convolution: N maps of H x W pixels and C channels in `groups`, to as many channels.

@@ -216,6 +216,7 @@ def _squeeze_excite_cases() -> list[Case]:
         Case(op, (2, 5, 6, 32), reduced=8, act="silu", wide=("w1", "w2")),  # autocast after a half-precision producer
         Case(op, (2, 5, 6, 33), reduced=8, act="silu", wide=("x", "w1", "w2"), options=nchw),  # autocast, float32 maps
         Case(op, (2, 5, 6, 24), reduced=8, act="silu", scale=0.3),
+        Case(op, (67, 2, 1, 36), reduced=5, act="silu"),  # more images than a tile of the layers' gradients
     ]
 
 

@@ -28,8 +28,13 @@ TABLE = pathlib.Path(__file__).with_name("cuda_resources.txt")
 SCALAR = (
     *(r"reduce_partials_kernel", r"conv_general_\w*kernel", r"(residual_scale|layer_norm)_\w+_kernel<1>"),
     r"global_response_norm_(sum|apply)_kernel<1, \w+>|global_response_norm_coefficients_kernel<\w+>",
+    *(r"squeeze_excite_(sum|scale)_kernel<1, \w+, \w+>", r"squeeze_excite_weight_kernel"),
 )
-SCALAR_STORES = (r"grouped_conv_mma_wgrad_kernel<.*>",)  # partial sums alone
+# Partial sums, a sum of each plane, or vectors alone.
+SCALAR_STORES = (
+    r"grouped_conv_mma_wgrad_kernel<.*>",
+    *(r"squeeze_excite_sum_kernel<[48], \w+, false>", r"squeeze_excite_gate_kernel<Forward>"),
+)
 
 
 def nvcc() -> str | None:

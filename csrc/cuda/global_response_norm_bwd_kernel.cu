@@ -12,6 +12,7 @@ namespace {
 
 struct Backward {
   static constexpr bool kBackward = true;
+  static constexpr int kMaps = kX | kDy;
   static constexpr int kSums = 2;
 
   template <int N> static FC_DEVICE void add(Vec<float, N> (&sums)[2], const Vec<float, N>& a, const Raw<N>& raw, DType dtype) {

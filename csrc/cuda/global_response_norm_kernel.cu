@@ -8,6 +8,7 @@ namespace {
 
 struct Forward {
   static constexpr bool kBackward = false;
+  static constexpr int kMaps = kX;
   static constexpr int kSums = 1;
 
   template <int N> static FC_DEVICE void add(Vec<float, N> (&sums)[1], const Vec<float, N>& a, const Raw<N>&, DType) {

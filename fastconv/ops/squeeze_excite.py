@@ -107,7 +107,7 @@ _registry.define(
     SCHEMAS,
     {"squeeze_excite_fwd": _fake_fwd, "squeeze_excite_bwd": _fake_bwd},
     {"squeeze_excite_fwd": _flops_fwd, "squeeze_excite_bwd": _flops_bwd},
-    backends=("cpu", "triton"),
+    backends=("cpu", "cuda", "triton"),
 )
 
 

@@ -7,6 +7,7 @@ the kernels are then neither right nor wrong.
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 import re
 import shutil
@@ -43,6 +44,10 @@ def run_ours() -> None:
     cases += [
         Case("global_response_norm", shape, act="gelu") for shape in ((2, 9, 15, 33), (3, 14, 5, 96), (1, 28, 28, 96), (1, 56, 56, 384))
     ]
+    for shape, options in itertools.product(
+        ((2, 9, 15, 33), (3, 14, 8, 96), (1, 28, 28, 96), (1, 112, 112, 96)), ((), (("data_format", "NCHW"),))
+    ):
+        cases.append(Case("squeeze_excite", shape, act="silu", reduced=9, options=options))
     for case in cases:
         for dtype in (torch.bfloat16, torch.float32):
             with use_backend("cuda"):
