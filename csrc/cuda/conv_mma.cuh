@@ -106,11 +106,14 @@ template <class T> FC_DEVICE Eight rounded(const Values& v) {
   return {from_floats<T>(v[0], v[1]), from_floats<T>(v[2], v[3]), from_floats<T>(v[4], v[5]), from_floats<T>(v[6], v[7])};
 }
 template <bool kWide> FC_DEVICE Values load_values(const Array& a, int64_t element, int channels, bool in) {
-  if constexpr (kWide) return load_array<8>(a, element, in && channels > 0);
-  Values v;
+  if constexpr (kWide) {
+    return load_array<8>(a, element, in && channels > 0);
+  } else {
+    Values v;
 #pragma unroll
-  for (int i = 0; i < 8; ++i) v[i] = load_array<1>(a, element + i, in && i < channels)[0];
-  return v;
+    for (int i = 0; i < 8; ++i) v[i] = load_array<1>(a, element + i, in && i < channels)[0];
+    return v;
+  }
 }
 template <class T, bool kWide> FC_DEVICE Eight load_eight(const float* p, int channels, bool in) {
   Eight v{};

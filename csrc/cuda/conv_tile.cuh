@@ -142,22 +142,16 @@ template <> FC_DEVICE void store_run<float>(float* out, const float* more, int64
   for (int j = 0; j < kRun; ++j) store_global(out + offset + j * C, plus(acc[j], more, offset + j * C, j < added), j < count);
 }
 
-// The same, for channel c on, one element at a time where the array cannot be stored in 16 bytes. `more` has the dtype of `out`.
+// The same, for channel c on, one element at a time where the array cannot be stored in 16 bytes; `more`, in the dtype of `out`, only
+// where it can.
 FC_DEVICE void store_run(const MutableArray& out, int64_t pixel, int64_t C, int64_t c, const Quad (&acc)[kRun], int count, bool wide,
                          const Array& more = {}) {
   const int64_t offset = pixel * C + c;
   if (!wide) {
-    Quad left[kRun];
 #pragma unroll
-    for (int j = 0; j < kRun; ++j) left[j] = acc[j];
-#pragma unroll 1  // unrolled, addresses take more registers than backward has
-    for (int i = 0; i < kQuad; ++i)
+    for (int j = 0; j < kRun; ++j)
 #pragma unroll
-      for (int j = 0; j < kRun; ++j) {
-        const bool in = j < count && c + i < C;
-        store_array<1>(out, offset + j * C + i, {left[j][0] + load_array<1>(more, offset + j * C + i, more.data && in)[0]}, in);
-        left[j] = {left[j][1], left[j][2], left[j][3], left[j][0]};
-      }
+      for (int i = 0; i < kQuad; ++i) store_array<1>(out, offset + j * C + i, {acc[j][i]}, j < count && c + i < C);
     return;
   }
   if (c >= C) count = 0;

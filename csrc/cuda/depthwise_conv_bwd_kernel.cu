@@ -189,7 +189,14 @@ template <class T> int launch_backward(const ConvBackwardParams& p, Stream strea
   }
 }
 
-int launch_backward(const ConvBackwardParams& p, Stream stream) {
+int launch_backward(ConvBackwardParams p, Stream stream) {
+  // Element by element the kernel below has no registers left to address the shortcut's gradient: dx is then apart.
+  if (p.dx.data && p.dshortcut.data && !in_vectors(p.shape.C, p.dy, p.x, p.dx, p.dshortcut)) {
+    const int error = conv_general_launch(p.shape, p.dy, p.weight, {}, true, p.dshortcut, p.dx, stream);
+    if (error != 0 || !p.partial) return error;
+    p.dx = {};
+    p.dshortcut = {};
+  }
   switch (p.dy.dtype) {
     case DType::kBFloat16: return launch_backward<bf16>(p, stream);
     case DType::kHalf: return launch_backward<fp16>(p, stream);
