@@ -38,6 +38,12 @@ inline void check_tensor(const char* op, const char* name, const Tensor& t, std:
                   " must be float64 exactly where the first argument is");
 }
 
+// The same, in the dtype of the first argument.
+inline void check_like(const char* op, const char* name, const Tensor& t, std::initializer_list<int64_t> shape, ScalarType first) {
+  check_tensor(op, name, t, shape, first);
+  STD_TORCH_CHECK(t.scalar_type() == first, op, ": ", name, " must have the dtype of x");
+}
+
 inline void check_dtype(const char* op, const char* name, ScalarType dtype, ScalarType like) {
   STD_TORCH_CHECK(is_float_type(dtype) && (dtype == ScalarType::Double) == (like == ScalarType::Double), op, ": ", name,
                   " must be a floating-point dtype, and float64 exactly where the first argument is");

@@ -31,6 +31,7 @@ class Case(NamedTuple):
     window: tuple[int, int] = (3, 2)
     shift: tuple[int, int] = (2, 1)
     order: str = "roll_pad"
+    shortcut: bool = False  # depthwise_conv_norm: x comes back, and its gradient goes in
     dtypes: tuple[torch.dtype, ...] = FLOAT_DTYPES
 
     @property
@@ -57,6 +58,7 @@ class Case(NamedTuple):
         elif self.mask != "image":
             parts.append(f"mask_{self.mask}")
         parts += [f"no_{name}" for name in self.without]
+        parts += ["shortcut"] if self.shortcut else []
         if self.wide:
             parts.append("wide_" + "+".join(self.wide))
         if self.scale != 1:
@@ -104,6 +106,14 @@ def _conv_cases(op: str) -> list[Case]:
             Case(op, (2, 7, 9, 19), wide=("x", *params, "out")),  # as before, element by element
             Case(op, (1, 6, 7, 32), K=3, scale=1e-3, without=("bias",)),  # eps is as large as the variance
             Case(op, (1, 6, 7, 32), K=3, offset=1e3, dtypes=(torch.float32, torch.float64)),  # mean far above the deviation
+            Case(op, (2, 8, 15, 32), shortcut=True),
+            Case(op, (2, 9, 15, 33), K=5, shortcut=True),  # element by element
+            Case(op, (2, 6, 5, 19), K=3, shortcut=True),
+            Case(op, (2, 6, 5, 3), K=9, shortcut=True),
+            Case(op, (0, 8, 6, 16), shortcut=True),
+            Case(op, (2, 8, 9, 32), wide=("x", *params, "out"), shortcut=True),
+            Case(op, (2, 7, 9, 19), wide=("x", *params, "out"), shortcut=True),
+            Case(op, (2, 6, 9, 24), wide=params, shortcut=True),
         ]
     return cases
 

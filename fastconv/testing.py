@@ -34,6 +34,7 @@ class Inputs(NamedTuple):
     options: dict  # keyword arguments that are not tensors
     dout: torch.Tensor  # gradient of the result
     constant: tuple[str, ...] = ()  # tensors that get no gradient
+    dshortcut: torch.Tensor | None = None  # gradient of the second result, x itself, where there is one
 
 
 def make_inputs(case: Case, dtype: torch.dtype, device="cpu", seed: int = 0) -> Inputs:
@@ -98,7 +99,9 @@ def make_inputs(case: Case, dtype: torch.dtype, device="cpu", seed: int = 0) -> 
         tensors["norm_bias"] = randn("norm", C, std=0.5)
     out_dtype = _dtype_of(case, "out", dtype)
     options = {"compute_dtype": dtype, "out_dtype": out_dtype} if case.wide else {}
-    return Inputs(tensors, options, randn("dout", *case.shape).to(out_dtype))
+    options |= {"shortcut": True} if case.shortcut else {}
+    dout, dshortcut = randn("dout", *case.shape).to(out_dtype), randn("x", *case.shape) if case.shortcut else None
+    return Inputs(tensors, options, dout, dshortcut=dshortcut)
 
 
 def _gate_inputs(case: Case, dtype: torch.dtype, randn: Callable) -> Inputs:
@@ -128,9 +131,12 @@ def run(function: Callable, inputs: Inputs, wanted: tuple[str, ...] | None = Non
     if wanted is None:
         wanted = tuple(name for name, tensor in inputs.tensors.items() if tensor is not None and name not in inputs.constant)
     leaves = {name: None if t is None else t.detach().requires_grad_(name in wanted) for name, t in inputs.tensors.items()}
-    out = function(**leaves, **inputs.options)
+    out, *shortcut = results if isinstance(results := function(**leaves, **inputs.options), tuple) else (results,)
+    assert all(torch.equal(t, leaves["x"]) for t in shortcut), "the shortcut is not x"
+    shortcut = [t for t in shortcut if t.requires_grad]
+    douts = [inputs.dout, inputs.dshortcut][: 1 + len(shortcut)]
     # zeros for a tensor that the call leaves out, as window_attention does pad_bias where nothing is padded
-    grads = torch.autograd.grad(out, [leaves[name] for name in wanted], inputs.dout, materialize_grads=True) if wanted else ()
+    grads = torch.autograd.grad([out, *shortcut], [leaves[name] for name in wanted], douts, materialize_grads=True) if wanted else ()
     return {"out": out.detach(), **{f"d{name}": grad for name, grad in zip(wanted, grads)}}
 
 
@@ -138,7 +144,8 @@ def truth_of(op: str, inputs: Inputs) -> dict[str, torch.Tensor | None]:
     """The reference in float64 on the CPU."""
     tensors = {name: None if t is None else t.detach().cpu().double() for name, t in inputs.tensors.items()}
     options = {k: v for k, v in inputs.options.items() if k not in ("compute_dtype", "out_dtype")}
-    return run(hub(op).reference, Inputs(tensors, options, inputs.dout.cpu().double(), inputs.constant))
+    dshortcut = None if inputs.dshortcut is None else inputs.dshortcut.cpu().double()
+    return run(hub(op).reference, Inputs(tensors, options, inputs.dout.cpu().double(), inputs.constant, dshortcut))
 
 
 def formula(op: str, first: torch.Tensor, *args, eps: float = 1e-6, act: str | None = None, **options) -> torch.Tensor:
@@ -302,6 +309,8 @@ def faults(case: Case, inputs: Inputs, truth: dict[str, torch.Tensor]) -> Iterat
         affected = ("out", "dx") if case.op in ("depthwise_conv", "grouped_conv") else truth.keys() - {"dweight", "dbias", "dnorm_bias"}
         moved = [("weight", (2, 3), affected)]
         yield "moved", "dweight", truth["dweight"].roll((1, 1), (2, 3))
+    if case.shortcut:
+        yield "no shortcut", "dx", truth["dx"] - inputs.dshortcut.cpu().double()
     for name, dims, affected in moved:
         if tensors[name] is not None:
             tensors_moved = {**tensors, name: tensors[name].roll([1] * len(dims), dims)}

@@ -57,6 +57,7 @@ MUTANTS = {
         "(g * load_as(dy + w * s.C) - coupling[2 * w])",
         ("depthwise_conv_norm",),
     ),
+    "gradient of the shortcut lost": (CONV, "more ? v + load_lanes<A>(more + w * s.C, lanes) : v", "v", ("depthwise_conv_norm",)),
     "eps lost": (NORM, " + static_cast<A>(p.eps)", "", ("depthwise_conv_norm",)),
     "mean without the last channels": (NORM, "if (tail) sum += load_lanes<A>(z + full, tail);", "", ("depthwise_conv_norm",)),
     "dnorm_bias of one pixel in four": (NORM, "db += d;", "db += i ? zero<A>() : d;", ("depthwise_conv_norm",)),

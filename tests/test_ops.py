@@ -32,7 +32,8 @@ def faults_of(case) -> set[tuple[str, str]]:
     moved |= {"squeeze_excite": tensors - {"db1", "db2", *(("dw1",) if "w2" in case.without else ())}}
     moved |= {"window_attention": set() if "bias_table" in case.without else {"out", "dqkv"}}
     moved = moved.get(case.op, {"out", "dx", "dweight"}) & tensors
-    return {*itertools.product(("zero", "one channel"), tensors), *itertools.product(("moved",), moved)}
+    lost = {("no shortcut", "dx")} if case.shortcut else set()
+    return lost | {*itertools.product(("zero", "one channel"), tensors), *itertools.product(("moved",), moved)}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -119,6 +119,15 @@ def test_traffic(op, stage, counted):
         check_floor(f"{op} stage {stage} {name}", counted(op, stage)[name], floor)
 
 
+@pytest.mark.parametrize("stage", (1, 4))  # on tensor cores, and on CUDA cores
+def test_traffic_of_the_shortcut(stage, counted):
+    """Backward reads its gradient once, and in no launch of its own."""
+    alone, traffic = counted("depthwise_conv_norm", stage)["bwd"], count("depthwise_conv_norm", STAGES[stage], shortcut=True)["bwd"]
+    check_floor(f"stage {stage} with the shortcut", traffic, FLOORS["depthwise_conv_norm"]["bwd"] + 1)
+    assert len(traffic.launches) == len(alone.launches)
+    assert traffic.distinct == pytest.approx(alone.distinct + 1, abs=0.01)
+
+
 @pytest.mark.parametrize("gpu", ("sm_80", "sm_86"))
 @every_stage
 def test_traffic_of_the_norm_with_less_shared_memory(gpu, stage):

@@ -106,10 +106,17 @@ FAULTS = {
         "Segmentation fault|depthwise_conv huge",
         (CRASH, CONTRACT),
     ),
+    "no gradient of the shortcut": Fault(
+        "an argument ignored", Bug(BACKWARD, "g.wide, p.dshortcut);", "g.wide);"), "depthwise_conv_norm:28:float32", "dx: rms error"
+    ),
+    "no gradient of the shortcut, any K": Fault(
+        "an argument ignored", Bug(GENERAL, "if (more.data) sum +=", "if (false) sum +="), "depthwise_conv_norm:31:float32", "dx: rms error"
+    ),
     "one partial for all slices": Fault("two blocks on one address", ONE_PARTIAL, "depthwise_conv:2:float32", "dweight|dbias"),
     "one partial for all slices, as a race": race("two blocks on one address", ONE_PARTIAL, "depthwise_conv:2:float32"),
 }
 KINDS = {"missing barrier", "missing wait", "overrun", "live-buffer overwrite", "int32 offset", "two blocks on one address"}
+KINDS |= {"an argument ignored"}
 
 
 def check(library, variant: str, order: str, *items: str) -> subprocess.CompletedProcess:

@@ -50,8 +50,8 @@ def served(largest: int) -> list[str]:
 
 
 def mixed() -> list[str]:
-    """Cases of the norm with a float32 x beside 16-bit products, whose backward these kernels serve too."""
-    cases = [(i, c) for i, c in enumerate(CASES["depthwise_conv_norm"]) if c.K in (5, 7) and "x" in c.wide]
+    """Cases of the norm with a float32 x beside 16-bit products, whose backward these kernels serve too, or with a shortcut."""
+    cases = [(i, c) for i, c in enumerate(CASES["depthwise_conv_norm"]) if c.K in (5, 7) and ("x" in c.wide or c.shortcut) and c.shape[0]]
     return [f"depthwise_conv_norm:{i}:{dtype}" for i, _ in cases for dtype in ("bfloat16", "float16")]
 
 
@@ -294,6 +294,9 @@ FAULTS = {
     ),
     "no second look at sums": Fault(
         Bug(BACKWARD, "warp_any(zero + dbias * 0 != 0)", "warp_any(false)"), "not_finite:7-x-inf-border", "dweight differs"
+    ),
+    "no gradient of the shortcut": Fault(
+        Bug(MMA, "first[i] += add[i], second[i] += next[i];", ";"), "depthwise_conv_norm:28:bfloat16", "dx: rms error", "check"
     ),
     "rows of x one off": Fault(Bug(BACKWARD, "centre + o * 16", "centre + (o + 1) * 16"), EXACT, "dweight is wrong|finite"),
 }

@@ -272,6 +272,7 @@ def test_offsets_past_2_31(op, monkeypatch):
 FEW = {"depthwise_conv": 10, "depthwise_conv_norm": 3, "gelu_linear": 1, "global_response_norm": 4, "grouped_conv": 12, "residual_scale": 2}
 FEW |= {"squeeze_excite": 6, "window_attention": 2}
 MUTATED = {op: small(op, 2, 9 if op in CONV else 90, 5, 4) for op in OPS}
+MUTATED["depthwise_conv_norm"] = small("depthwise_conv_norm", 2, 9, 5, 4, shortcut=True)
 MUTATED["squeeze_excite"] = small("squeeze_excite", 2, 300, 5, 4)
 MUTATED["window_attention"] = small("window_attention", 2, 5, 5, 8, shift=(1, 1))
 MUTATED["global_response_norm"] = small("global_response_norm", 2, 90, 10, 4, act="gelu")
@@ -295,6 +296,7 @@ MUTANTS = [
     ("depthwise_conv_norm", "depthwise_conv_norm", "normal * along[:, None]", "normal * total[:, None]", "dx"),
     ("depthwise_conv_norm", "depthwise_conv_norm", "dnorm_weight += grad * normal", "dnorm_weight = grad * normal", "dnorm_weight"),
     ("depthwise_conv_norm", "_common", "(s0 + s < S)", "(s0 + s < S - 1)", "d"),
+    ("depthwise_conv_norm", "depthwise_conv", "if more is not None:", "if False:", "dx"),
     ("residual_scale", "residual_scale", "first + (row - first * L).to(tl.int32) // L", "first + (row * 0).to(tl.int32)", "out"),
     ("residual_scale", "residual_scale", "dgamma += grad", "dgamma = grad", "dgamma"),
     ("residual_scale", "_common", "(s0 + s < S)", "(s0 + s < S - 1)", "dgamma"),

@@ -35,6 +35,7 @@ def depthwise_conv_fwd_kernel(
     x,  # (N, H, W, C)
     weight,  # (K * K, C)
     bias,  # (C,) or None
+    more,  # (N, H, W, C) added to y, or None
     y,  # (N, H, W, C)
     H,
     W,
@@ -91,7 +92,10 @@ def depthwise_conv_fwd_kernel(
     for i in tl.static_range(BLOCK_H):
         pixel = ((n * H + h0 + i) * W + w0) * C
         mask = (w < W)[:, None] & mask_c[None, :] & (h0 + i < H)
-        tl.store(y + pixel + offset, (acc[i] + shift).to(y.dtype.element_ty), mask=mask)
+        result = acc[i] + shift
+        if more is not None:
+            result += tl.load(more + pixel + offset, mask=mask, other=0.0).to(tl.float32)
+        tl.store(y + pixel + offset, result.to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -163,8 +167,8 @@ def depthwise_conv_wgrad_kernel(
     tl.store(partial + K * K * C + c, tl.sum(dbias, 0), mask=mask_c & is_bias)
 
 
-def conv(x, weight, bias, out_dtype, flip=False):
-    """The convolution, or with `flip` its gradient by the input."""
+def conv(x, weight, bias, out_dtype, flip=False, more=None):
+    """The convolution, or with `flip` its gradient by the input; plus `more` where that is given."""
     N, H, W, C = x.shape
     K = weight.shape[-1]
     y = x.new_empty(x.shape, dtype=out_dtype)
@@ -174,7 +178,7 @@ def conv(x, weight, bias, out_dtype, flip=False):
     programs = N * triton.cdiv(H, cfg["BLOCK_H"]) * triton.cdiv(W, cfg["BLOCK_W"]) * triton.cdiv(C, cfg["BLOCK_C"])
     weight = weight.view(C, K * K).t().contiguous()  # channels last too: coalesced loads
     bias = None if bias is None else bias.contiguous()
-    launch(depthwise_conv_fwd_kernel, programs, x, x, weight, bias, y, H, W, C, FLIP=flip, **cfg)
+    launch(depthwise_conv_fwd_kernel, programs, x, x, weight, bias, more, y, H, W, C, FLIP=flip, **cfg)
     return y
 
 
@@ -199,6 +203,6 @@ def fwd(x, weight, bias, out_dtype):
     return conv(x, weight, bias, out_dtype)
 
 
-def bwd(dy, x, weight, need_dx, need_dweight):
-    dx = conv(dy, weight, None, x.dtype, flip=True) if need_dx else x.new_empty(0)
+def bwd(dy, x, weight, need_dx, need_dweight, dshortcut=None):
+    dx = conv(dy, weight, None, x.dtype, flip=True, more=dshortcut) if need_dx else x.new_empty(0)
     return dx, *(wgrad(dy, x, weight) if need_dweight else (weight.new_empty(0), weight.new_empty(0)))

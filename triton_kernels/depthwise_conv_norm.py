@@ -149,7 +149,7 @@ def fwd(x, weight, bias, norm_weight, norm_bias, eps, z_dtype, out_dtype, save):
     return y, z if save else x.new_empty(0, dtype=z_dtype), mean, rstd
 
 
-def bwd(dy, x, weight, norm_weight, z, mean, rstd, need_dx, need_dweight, need_dnorm):
+def bwd(dy, x, weight, norm_weight, z, mean, rstd, dshortcut, need_dx, need_dweight, need_dnorm):
     C, rows = x.shape[-1], x.shape[0] * x.shape[1] * x.shape[2]
     dnorm_weight, dnorm_bias = (norm_weight.new_empty((C,) if need_dnorm else (0,)) for _ in range(2))
     need_dz = need_dx or need_dweight
@@ -165,4 +165,4 @@ def bwd(dy, x, weight, norm_weight, z, mean, rstd, need_dx, need_dweight, need_d
         launch(depthwise_conv_norm_bwd_kernel, slices * blocks, x, *args, ONE_BLOCK=blocks == 1, **cfg)
         if need_dnorm:
             reduce_partials(partial, dnorm_weight, dnorm_bias)
-    return *depthwise_conv.bwd(dz, x, weight, need_dx, need_dweight), dnorm_weight, dnorm_bias
+    return *depthwise_conv.bwd(dz, x, weight, need_dx, need_dweight, dshortcut), dnorm_weight, dnorm_bias

@@ -316,9 +316,12 @@ void backward_block(const BackwardParams& p, Ring<A>& ring, A* x_row, const A* c
       with_type<A>(p.dx.dtype, [&](auto* type) __attribute__((always_inline)) {
         using T = std::remove_cv_t<std::remove_pointer_t<decltype(type)>>;
         T* dx = reinterpret_cast<T*>(at(p.dx, pixel * s.C + c0));
+        const T* more = p.dshortcut.data ? reinterpret_cast<const T*>(at(p.dshortcut, pixel * s.C + c0)) : nullptr;
         for (int64_t w = 0; w < s.W; ++w) prefetch_for_write(dx + (w + s.W) * s.C);
-        conv_row<A, kK>(ring.rows, first, end, weight, s.K, s.W,
-                        [&](int64_t w, Vec<A> v) __attribute__((always_inline)) { store_lanes<A>(dx + w * s.C, v, lanes); });
+        for (int64_t w = 0; more && w < s.W; ++w) prefetch_staged(more + w * s.C, s.W * s.C, kLanes<A>);
+        conv_row<A, kK>(ring.rows, first, end, weight, s.K, s.W, [&](int64_t w, Vec<A> v) __attribute__((always_inline)) {
+          store_lanes<A>(dx + w * s.C, more ? v + load_lanes<A>(more + w * s.C, lanes) : v, lanes);
+        });
       });
     if (dweight) {
       stage_row(p.x, s, pixel, c0, lanes, x_row);

@@ -37,7 +37,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> depthwise_conv_norm_fwd(
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> depthwise_conv_norm_bwd(
-    Tensor dy, Tensor x, Tensor weight, Tensor norm_weight, Tensor z, Tensor mean, Tensor rstd,
+    Tensor dy, Tensor x, Tensor weight, Tensor norm_weight, Tensor z, Tensor mean, Tensor rstd, std::optional<Tensor> dshortcut,
     bool need_dx, bool need_dweight, bool need_dnorm) {
   const ConvShape shape = conv_shape(kOp, x, weight);
   const auto [N, H, W, C, K] = shape;
@@ -46,6 +46,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> depthwise_conv_norm_bwd(
   check_tensor(kOp, "norm_weight", norm_weight, {C}, x.scalar_type());
   check_tensor(kOp, "mean", mean, {N, H, W}, x.scalar_type());
   check_tensor(kOp, "rstd", rstd, {N, H, W}, x.scalar_type());
+  if (dshortcut) check_like(kOp, "dshortcut", *dshortcut, {N, H, W, C}, x.scalar_type());
   const ScalarType acc = accumulation_type(x.scalar_type()), norm_type = norm_weight.scalar_type();
   STD_TORCH_CHECK(mean.scalar_type() == acc && rstd.scalar_type() == acc, kOp, ": mean and rstd must have the accumulation dtype");
 
@@ -56,6 +57,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> depthwise_conv_norm_bwd(
   p.mean = mean.const_data_ptr();
   p.rstd = rstd.const_data_ptr();
   p.norm_partial = norm_partial.mutable_data_ptr();
+  if (dshortcut) p.dshortcut = array(*dshortcut);
   auto [dx, dweight, dbias] = conv_backward(p, x, weight, need_dx, need_dweight);
   if (!need_dnorm) return {dx, dweight, dbias, nothing(x, norm_type), nothing(x, norm_type)};
   Tensor sum = torch::stable::view(reduce(norm_partial, p.plan.slices, 2 * C), {2, C});

@@ -51,6 +51,7 @@ struct BackwardParams {
   const void *norm_weight, *mean, *rstd;   // [C], [pixels], [pixels]
   void* norm_partial;                      // [slices][2][C]: dnorm_weight, dnorm_bias
   MutableArray dx;                         // null: not needed
+  Array dshortcut;                         // in the dtype of dx, which it is added to; or null
   void* partial;                           // [slices][channel block][K * K + 1][lanes]: dweight, dbias; null: not needed
 };
 

@@ -95,6 +95,26 @@ template <bool kWide> FC_DEVICE void store_eight(uint16_t* p, int channels, cons
   }
 }
 // float32 maps: what autocast leaves in that dtype, rounded on its way into the planes, and results on their way out.
+using Values = Vec<float, 8>;
+template <class T> FC_DEVICE Values values_of(const Eight& v) {
+  Values values;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) values[i] = to_float(T{static_cast<uint16_t>(v[i / 2] >> i % 2 * 16)});
+  return values;
+}
+template <class T> FC_DEVICE Eight rounded(const Values& v) {
+  return {from_floats<T>(v[0], v[1]), from_floats<T>(v[2], v[3]), from_floats<T>(v[4], v[5]), from_floats<T>(v[6], v[7])};
+}
+template <bool kWide> FC_DEVICE Values load_values(const Array& a, int64_t element, int channels, bool in) {
+  if constexpr (kWide) {
+    return load_array<8>(a, element, in && channels > 0);
+  } else {
+    Values v;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) v[i] = load_array<1>(a, element + i, in && i < channels)[0];
+    return v;
+  }
+}
 template <class T, bool kWide> FC_DEVICE Eight load_eight(const float* p, int channels, bool in) {
   Eight v{};
   if constexpr (kWide) {
@@ -111,10 +131,7 @@ template <class T, bool kWide> FC_DEVICE Eight load_eight(const float* p, int ch
   }
   return v;
 }
-template <class T, bool kWide> FC_DEVICE void store_eight(float* p, int channels, const Eight& v, bool in) {
-  Vec<float, 8> values;
-#pragma unroll
-  for (int i = 0; i < 8; ++i) values[i] = to_float(T{static_cast<uint16_t>(v[i / 2] >> i % 2 * 16)});
+template <bool kWide> FC_DEVICE void store_values(float* p, int channels, const Values& values, bool in) {
   if constexpr (kWide) {
     store_global(p, Vec<float, 4>{values[0], values[1], values[2], values[3]}, in && channels > 0);
     store_global(p + 4, Vec<float, 4>{values[4], values[5], values[6], values[7]}, in && channels > 0);
@@ -228,18 +245,29 @@ FC_DEVICE void stage_centre(const Array& a, const ConvShape& s, const MmaGrid& g
     store_pair(planes + byte, kMmaCentre, left, right, row);
   });
 }
+// `more`: added to the outputs, in float32, where it is given; both its pixels are asked for before the first is waited for.
 template <class T, bool kWide>
-FC_DEVICE void store_centre(const MutableArray& a, const ConvShape& s, const MmaGrid& g, const MmaPlace& at, int64_t c0,
+FC_DEVICE void store_centre(const MutableArray& a, const Array& more, const ConvShape& s, const MmaGrid& g, const MmaPlace& at, int64_t c0,
                             const unsigned char* planes) {
   const int plane = g.tiles.plane * 16;
   for_centre<kMmaRows>(s, g, at, c0, plane, [&](int64_t element, int byte, bool row, bool used, int channels, bool left_in, bool right_in) {
     Eight left, right;
     load_pair(planes + byte, plane, left, right, row && used);
-    if (a.dtype == DType::kFloat) {
-      float* const to = static_cast<float*>(a.data) + element;
-      store_eight<T, kWide>(to, channels, left, left_in);
-      store_eight<T, kWide>(to + s.C, channels, right, right_in);
-      return;
+    if (more.data || a.dtype == DType::kFloat) {
+      Values first = values_of<T>(left), second = values_of<T>(right);
+      if (more.data) {
+        const Values add = load_values<kWide>(more, element, channels, left_in), next = load_values<kWide>(more, element + s.C, channels, right_in);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) first[i] += add[i], second[i] += next[i];
+      }
+      if (a.dtype == DType::kFloat) {
+        float* const to = static_cast<float*>(a.data) + element;
+        store_values<kWide>(to, channels, first, left_in);
+        store_values<kWide>(to + s.C, channels, second, right_in);
+        return;
+      }
+      left = rounded<T>(first);
+      right = rounded<T>(second);
     }
     uint16_t* const to = static_cast<uint16_t*>(a.data) + element;
     store_eight<kWide>(to, channels, left, left_in);

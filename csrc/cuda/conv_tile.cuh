@@ -109,30 +109,43 @@ template <class T, int K> FC_DEVICE void conv_run(const T* tile, int pitch, cons
 // Four 16-bit values in two words.
 template <class T> FC_DEVICE Vec<uint32_t, 2> halves(const Quad& v) { return {from_floats<T>(v[0], v[1]), from_floats<T>(v[2], v[3])}; }
 
-// The first `count` pixels of a run, from element `offset` on. Full warps call this. Two lanes hold eight channels of a
-// pixel between them: for 16-bit stores of 16 bytes they trade, and the even lane stores even pixels, the odd lane odd ones.
-template <class T> FC_DEVICE void store_run(T* out, int64_t offset, int64_t C, const Quad (&acc)[kRun], int count) {
+// v, and what lies at `more`.
+template <class T> FC_DEVICE Quad plus(Quad v, const T* more, int64_t offset, bool in) {
+  const Quad add = to_float(load_global<Vec<T, kQuad>>(more + offset, in));
+#pragma unroll
+  for (int i = 0; i < kQuad; ++i) v[i] += add[i];
+  return v;
+}
+
+// The first `count` pixels of a run, from element `offset` on, with `more` added where it is given: by predicates, since a branch
+// costs registers. Full warps call this. Two lanes hold eight channels of a pixel between them: for 16-bit stores of 16 bytes they
+// trade, and the even lane stores even pixels, the odd lane odd ones.
+template <class T> FC_DEVICE void store_run(T* out, const T* more, int64_t offset, int64_t C, const Quad (&acc)[kRun], int count) {
   const bool odd_lane = threadIdx.x % 2;
-  offset -= odd_lane ? kQuad : 0;
+  const int added = more ? count : 0;
 #pragma unroll
   for (int j = 0; j < kRun; j += 2) {
-    const Vec<uint32_t, 2> first = halves<T>(acc[j]), second = j + 1 < kRun ? halves<T>(acc[j + 1 < kRun ? j + 1 : j]) : first;
+    const Vec<uint32_t, 2> first = halves<T>(plus(acc[j], more, offset + j * C, j < added));
+    const Vec<uint32_t, 2> second = j + 1 < kRun ? halves<T>(plus(acc[j + 1 < kRun ? j + 1 : j], more, offset + (j + 1) * C, j + 1 < added)) : first;
     const uint32_t low = shuffle_xor(odd_lane ? first[0] : second[0], 1), high = shuffle_xor(odd_lane ? first[1] : second[1], 1);
     Vec<uint32_t, 4> pixel;  // member by member: a choice between two would go through memory
     pixel[0] = odd_lane ? low : first[0];
     pixel[1] = odd_lane ? high : first[1];
     pixel[2] = odd_lane ? second[0] : low;
     pixel[3] = odd_lane ? second[1] : high;
-    store_global(out + offset + (j + odd_lane) * C, pixel, j + odd_lane < count);
+    store_global(out + offset + (j + odd_lane) * C - (odd_lane ? kQuad : 0), pixel, j + odd_lane < count);
   }
 }
-template <> FC_DEVICE void store_run<float>(float* out, int64_t offset, int64_t C, const Quad (&acc)[kRun], int count) {
+template <> FC_DEVICE void store_run<float>(float* out, const float* more, int64_t offset, int64_t C, const Quad (&acc)[kRun], int count) {
+  const int added = more ? count : 0;
 #pragma unroll
-  for (int j = 0; j < kRun; ++j) store_global(out + offset + j * C, acc[j], j < count);
+  for (int j = 0; j < kRun; ++j) store_global(out + offset + j * C, plus(acc[j], more, offset + j * C, j < added), j < count);
 }
 
-// The same, for channel c on, one element at a time where the array cannot be stored in 16 bytes.
-FC_DEVICE void store_run(const MutableArray& out, int64_t pixel, int64_t C, int64_t c, const Quad (&acc)[kRun], int count, bool wide) {
+// The same, for channel c on, one element at a time where the array cannot be stored in 16 bytes; `more`, in the dtype of `out`, only
+// where it can.
+FC_DEVICE void store_run(const MutableArray& out, int64_t pixel, int64_t C, int64_t c, const Quad (&acc)[kRun], int count, bool wide,
+                         const Array& more = {}) {
   const int64_t offset = pixel * C + c;
   if (!wide) {
 #pragma unroll
@@ -142,9 +155,10 @@ FC_DEVICE void store_run(const MutableArray& out, int64_t pixel, int64_t C, int6
     return;
   }
   if (c >= C) count = 0;
-  if (out.dtype == DType::kBFloat16) store_run(static_cast<bf16*>(out.data), offset, C, acc, count);
-  else if (out.dtype == DType::kHalf) store_run(static_cast<fp16*>(out.data), offset, C, acc, count);
-  else store_run(static_cast<float*>(out.data), offset, C, acc, count);
+  const auto store = [&](auto* to) { store_run(to, static_cast<decltype(to)>(const_cast<void*>(more.data)), offset, C, acc, count); };
+  if (out.dtype == DType::kBFloat16) store(static_cast<bf16*>(out.data));
+  else if (out.dtype == DType::kHalf) store(static_cast<fp16*>(out.data));
+  else store(static_cast<float*>(out.data));
 }
 
 // What this thread of a block computes: kRun outputs of row `row` of image `image`, from column `column` of the tile on,

@@ -142,7 +142,7 @@ template <class T, int K> __global__ void __launch_bounds__(224, 2) depthwise_co
     if (p.dx.data) {
       Quad acc[kRun] = {};
       conv_run<T, K>(window, pitch, weight + run.quad, acc);
-      store_run(p.dx, first_pixel(s, at, run), s.C, c0 + run.quad, acc, run_count(s, at, run), g.wide);
+      store_run(p.dx, first_pixel(s, at, run), s.C, c0 + run.quad, acc, run_count(s, at, run), g.wide, p.dshortcut);
     }
     if (p.partial) {
       Quad sum = load_shared<Quad>(own_dbias);
@@ -163,7 +163,7 @@ template <class T, int K> __global__ void __launch_bounds__(224, 2) depthwise_co
 
 template <class T, int K> int launch_backward(const ConvBackwardParams& p, Stream stream) {
   const ConvTiles tiles = conv_backward_tiles(p.shape);
-  const ConvGrid g = conv_grid(p.shape, tiles, conv_wgrad_slices(p.shape), in_vectors(p.shape.C, p.dy, p.x, p.dx));
+  const ConvGrid g = conv_grid(p.shape, tiles, conv_wgrad_slices(p.shape), in_vectors(p.shape.C, p.dy, p.x, p.dx, p.dshortcut));
   // wgrad has a unit for each tap row at least.
   const unsigned threads = std::max<unsigned>(g.threads(), round_up(K * kUnit, kWarp));
   const int64_t units = threads / kUnit;
@@ -176,7 +176,7 @@ template <class T, int K> int launch_backward(const ConvBackwardParams& p, Strea
 }
 
 int launch_general(const ConvBackwardParams& p, Stream stream) {
-  const int error = p.dx.data ? conv_general_launch(p.shape, p.dy, p.weight, {}, true, p.dx, stream) : 0;
+  const int error = p.dx.data ? conv_general_launch(p.shape, p.dy, p.weight, {}, true, p.dshortcut, p.dx, stream) : 0;
   return error == 0 && p.partial ? conv_general_wgrad_launch(p, stream) : error;
 }
 
@@ -189,7 +189,14 @@ template <class T> int launch_backward(const ConvBackwardParams& p, Stream strea
   }
 }
 
-int launch_backward(const ConvBackwardParams& p, Stream stream) {
+int launch_backward(ConvBackwardParams p, Stream stream) {
+  // Element by element the kernel below has no registers left to address the shortcut's gradient: dx is then apart.
+  if (p.dx.data && p.dshortcut.data && !in_vectors(p.shape.C, p.dy, p.x, p.dx, p.dshortcut)) {
+    const int error = conv_general_launch(p.shape, p.dy, p.weight, {}, true, p.dshortcut, p.dx, stream);
+    if (error != 0 || !p.partial) return error;
+    p.dx = {};
+    p.dshortcut = {};
+  }
   switch (p.dy.dtype) {
     case DType::kBFloat16: return launch_backward<bf16>(p, stream);
     case DType::kHalf: return launch_backward<fp16>(p, stream);

@@ -9,7 +9,7 @@ namespace {
 constexpr int kChunk = kConvChunk, kOthers = 8;  // threads of a block: [pixel, or tap][channel]
 
 __global__ void __launch_bounds__(kChunk * kOthers)
-conv_general_kernel(ConvShape s, Array in, Array weight, Array bias, bool flip, MutableArray out, int chunks, int64_t tasks) {
+conv_general_kernel(ConvShape s, Array in, Array weight, Array bias, bool flip, Array more, MutableArray out, int chunks, int64_t tasks) {
   for (int64_t task = blockIdx.x; task < tasks; task += gridDim.x) {
     const int64_t pixel = task / chunks * kOthers + threadIdx.x / kChunk, c = task % chunks * kChunk + threadIdx.x % kChunk;
     if (pixel >= s.pixels() || c >= s.C) continue;
@@ -24,6 +24,7 @@ conv_general_kernel(ConvShape s, Array in, Array weight, Array bias, bool flip, 
       }
     }
     if (bias.data) sum += load_array<1>(bias, c)[0];
+    if (more.data) sum += load_array<1>(more, pixel * s.C + c)[0];
     store_array<1>(out, pixel * s.C + c, {sum});
   }
 }
@@ -60,9 +61,9 @@ dim3 grid_of(int64_t tasks) { return dim3(static_cast<unsigned>(std::min<int64_t
 
 }  // namespace
 
-int conv_general_launch(const ConvShape& s, Array in, Array weight, Array bias, bool flip, MutableArray out, Stream stream) {
+int conv_general_launch(const ConvShape& s, Array in, Array weight, Array bias, bool flip, Array more, MutableArray out, Stream stream) {
   const int64_t chunks = ceil_div(s.C, kChunk), tasks = chunks * ceil_div(s.pixels(), kOthers);
-  return launch(conv_general_kernel, grid_of(tasks), dim3(kChunk * kOthers), 0, stream, s, in, weight, bias, flip, out,
+  return launch(conv_general_kernel, grid_of(tasks), dim3(kChunk * kOthers), 0, stream, s, in, weight, bias, flip, more, out,
                 static_cast<int>(chunks), tasks);
 }
 

@@ -56,7 +56,7 @@ template <class T> int launch_forward(const ConvForwardParams& p, Stream stream)
     case 3: return launch_forward<T, 3>(p, stream);
     case 5: return launch_forward<T, 5>(p, stream);
     case 7: return launch_forward<T, 7>(p, stream);
-    default: return conv_general_launch(p.shape, p.x, p.weight, p.bias, false, p.y, stream);
+    default: return conv_general_launch(p.shape, p.x, p.weight, p.bias, false, {}, p.y, stream);
   }
 }
 

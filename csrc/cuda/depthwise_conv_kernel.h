@@ -19,6 +19,7 @@ struct ConvBackwardParams {
   Array dy, x;                  // [N, H, W, C]
   Array weight;                 // [C, K * K]
   MutableArray dx;              // [N, H, W, C], or not needed
+  Array dshortcut;              // [N, H, W, C], added to dx; or not given
   MutableArray dweight, dbias;  // [C, K * K], [C]; both or neither
   DType compute;                // lowest precision in which products may be formed
   float* partial;               // conv_wgrad_floats(shape) floats where dweight is needed, else null

@@ -159,7 +159,7 @@ template <class T, int K> __global__ void __launch_bounds__(kMmaThreads, 2) dept
     }
     if (!p.dx.data) continue;
     sync_threads();
-    g.wide ? store_centre<T, true>(p.dx, s, g, at, c0, planes) : store_centre<T, false>(p.dx, s, g, at, c0, planes);
+    g.wide ? store_centre<T, true>(p.dx, p.dshortcut, s, g, at, c0, planes) : store_centre<T, false>(p.dx, p.dshortcut, s, g, at, c0, planes);
   }
   if (!p.partial) return;
   sync_threads();  // x has been read
@@ -179,7 +179,7 @@ template <class T, int K> __global__ void __launch_bounds__(kMmaThreads, 2) dept
 
 template <class T, int K> int launch_backward(const ConvBackwardParams& p, Stream stream) {
   const ConvMmaTiles tiles = conv_mma_tiles(p.shape);
-  const MmaGrid g = mma_grid(p.shape, tiles, conv_wgrad_slices(p.shape), in_vectors(p.shape.C, p.dy, p.x, p.dx));
+  const MmaGrid g = mma_grid(p.shape, tiles, conv_wgrad_slices(p.shape), in_vectors(p.shape.C, p.dy, p.x, p.dx, p.dshortcut));
   const dim3 grid(static_cast<unsigned>(g.slices * g.chunks));
   return launch(depthwise_conv_mma_bwd_kernel<T, K>, grid, dim3(kMmaThreads), conv_mma_shared(tiles, K, p.partial), stream, p, g);
 }

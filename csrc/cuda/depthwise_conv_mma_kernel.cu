@@ -36,7 +36,7 @@ template <class T, int K> __global__ void __launch_bounds__(kMmaThreads, 2) dept
     for (int i = 0; i < kMmaOwn; ++i)
       conv_plane<T, K, kMmaRows>(s, t, at, windows, planes + plane_byte(c + i, t.plane * 16), band[i], p.weight, c0 + c + i, false, bias[i]);
     sync_threads();
-    g.wide ? store_centre<T, true>(p.y, s, g, at, c0, planes) : store_centre<T, false>(p.y, s, g, at, c0, planes);
+    g.wide ? store_centre<T, true>(p.y, {}, s, g, at, c0, planes) : store_centre<T, false>(p.y, {}, s, g, at, c0, planes);
   }
 }
 

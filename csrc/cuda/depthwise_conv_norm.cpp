@@ -40,7 +40,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> depthwise_conv_norm_fwd(
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> depthwise_conv_norm_bwd(
-    Tensor dy, Tensor x, Tensor weight, Tensor norm_weight, Tensor z, Tensor mean, Tensor rstd,
+    Tensor dy, Tensor x, Tensor weight, Tensor norm_weight, Tensor z, Tensor mean, Tensor rstd, std::optional<Tensor> dshortcut,
     bool need_dx, bool need_dweight, bool need_dnorm) {
   const ConvShape shape = conv_shape(kOp, x, weight);
   const auto [N, H, W, C, K] = shape;
@@ -49,6 +49,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> depthwise_conv_norm_bwd(
   check_array(kOp, "norm_weight", norm_weight, {C}, x);
   check_array(kOp, "mean", mean, {N, H, W}, x);
   check_array(kOp, "rstd", rstd, {N, H, W}, x);
+  if (dshortcut) {
+    check_array(kOp, "dshortcut", *dshortcut, {N, H, W, C}, x);
+    check_like(kOp, "dshortcut", *dshortcut, {N, H, W, C}, x.scalar_type());
+  }
   STD_TORCH_CHECK(mean.scalar_type() == ScalarType::Float && rstd.scalar_type() == ScalarType::Float, kOp, ": mean and rstd must be float32");
 
   const Place place(x);
@@ -75,6 +79,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> depthwise_conv_norm_bwd(
   }
   p.conv = g.params;
   p.conv.dy = {p.dz.data, p.dz.dtype};
+  p.conv.dshortcut = array(dshortcut);
   p.conv.compute = p.z.dtype;  // that of the convolution's output
   if (need_dx || need_dweight || need_dnorm) check_launch(kOp, "backward", depthwise_conv_norm_bwd_launch(p, place.stream()));
   return {g.dx, g.dweight, g.dbias, dnorm_weight, dnorm_bias};

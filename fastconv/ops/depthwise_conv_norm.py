@@ -31,14 +31,15 @@ def check(x, weight, bias, norm_weight, norm_bias) -> Shape:
     return shape
 
 
-def reference(x, weight, bias, norm_weight, norm_bias, eps=1e-6, compute_dtype=None, out_dtype=None):
+def reference(x, weight, bias, norm_weight, norm_bias, eps=1e-6, compute_dtype=None, out_dtype=None, shortcut=False):
     """Plain PyTorch, in any dtype: the eager backend, and in float64 the truth of the tests."""
     compute_dtype = compute_dtype or x.dtype
     z = conv_reference(x, weight, bias, compute_dtype, compute_dtype)
     with without_autocast(x.device):
         norm_dtype = torch.promote_types(compute_dtype, norm_weight.dtype)
         y = F.layer_norm(z.to(norm_dtype), (z.shape[-1],), norm_weight.to(norm_dtype), norm_bias.to(norm_dtype), eps)
-        return y.to(out_dtype or compute_dtype)
+        y = y.to(out_dtype or compute_dtype)
+    return (y, x) if shortcut else y
 
 
 def flops(x_shape, K: int) -> int:
@@ -49,11 +50,12 @@ def flops(x_shape, K: int) -> int:
 
 # Raw ops. x is contiguous NHWC. `save` asks for what backward needs: z, the convolution's output in z_dtype, and mean
 # and rstd, (N, H, W) in the accumulation dtype; without it they come back empty. So does a gradient that is not needed.
+# dx holds dshortcut, in the shape and dtype of x, where that is given.
 SCHEMAS = {
     "depthwise_conv_norm_fwd": "(Tensor x, Tensor weight, Tensor? bias, Tensor norm_weight, Tensor norm_bias, float eps,"
     " ScalarType z_dtype, ScalarType out_dtype, bool save) -> (Tensor y, Tensor z, Tensor mean, Tensor rstd)",
     "depthwise_conv_norm_bwd": "(Tensor dy, Tensor x, Tensor weight, Tensor norm_weight, Tensor z, Tensor mean, Tensor rstd,"
-    " bool need_dx, bool need_dweight, bool need_dnorm)"
+    " Tensor? dshortcut, bool need_dx, bool need_dweight, bool need_dnorm)"
     " -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dnorm_weight, Tensor dnorm_bias)",
 }
 
@@ -66,7 +68,7 @@ def _fake_fwd(x, weight, bias, norm_weight, norm_bias, eps, z_dtype, out_dtype, 
     return y, z, x.new_empty(rows, dtype=acc), x.new_empty(rows, dtype=acc)
 
 
-def _fake_bwd(dy, x, weight, norm_weight, z, mean, rstd, need_dx, need_dweight, need_dnorm):
+def _fake_bwd(dy, x, weight, norm_weight, z, mean, rstd, dshortcut, need_dx, need_dweight, need_dnorm):
     C = weight.shape[0]
     dx = x.new_empty(x.shape if need_dx else (0,))
     dweight = weight.new_empty(weight.shape if need_dweight else (0,))
@@ -79,9 +81,9 @@ def _flops_fwd(x_shape, weight_shape, *args, **kwargs):
     return flops(x_shape, weight_shape[-1])
 
 
-def _flops_bwd(dy_shape, x_shape, weight_shape, norm_shape, z_shape, mean_shape, rstd_shape, need_dx, need_dweight, need_dnorm, **kwargs):
+def _flops_bwd(dy_shape, x_shape, weight_shape, norm, z, mean, rstd, dshortcut, need_dx, need_dweight, need_dnorm, **kwargs):
     N, H, W, C = x_shape
-    return conv_flops(x_shape, weight_shape[-1]) * (int(need_dx) + int(need_dweight)) + 14 * N * H * W * C
+    return conv_flops(x_shape, weight_shape[-1]) * (int(need_dx) + int(need_dweight)) + (14 + (dshortcut is not None)) * N * H * W * C
 
 
 _registry.define(
@@ -97,23 +99,24 @@ class DepthwiseConvNorm(torch.autograd.Function):
     """Autograd of depthwise_conv_norm; use the function, which checks and chooses the backend."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, norm_weight, norm_bias, eps, z_dtype, out_dtype, backend):
+    def forward(ctx, x, weight, bias, norm_weight, norm_bias, eps, z_dtype, out_dtype, shortcut, backend):
         fwd = _registry.raw("depthwise_conv_norm_fwd", backend)
         y, z, mean, rstd = fwd(x, weight, bias, norm_weight, norm_bias, eps, z_dtype, out_dtype, True)
         ctx.backend = backend
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, weight, norm_weight, z, mean, rstd, bias)  # bias: for first_order_only
-        return y
+        return (y, x) if shortcut else y  # autograd makes x a view with this node behind it, whose gradient backward gets
 
     @staticmethod
     @first_order_only(OP)
-    def backward(ctx, saved, dy):
+    def backward(ctx, saved, dy, dshortcut=None):
         if dy is None:
-            return (None,) * 9
+            return (dshortcut, *(None,) * 10)
         need_dx, need_dweight, need_dbias, need_dgamma, need_dbeta = ctx.needs_input_grad[:5]
         bwd = _registry.raw("depthwise_conv_norm_bwd", ctx.backend)
-        grads = bwd(dy.contiguous(), *saved[:-1], need_dx, need_dweight or need_dbias, need_dgamma or need_dbeta)
-        return *(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad[:5])), None, None, None, None
+        dshortcut = None if dshortcut is None or not need_dx else dshortcut.contiguous()
+        grads = bwd(dy.contiguous(), *saved[:-1], dshortcut, need_dx, need_dweight or need_dbias, need_dgamma or need_dbeta)
+        return *(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad[:5])), *(None,) * 6
 
 
 def depthwise_conv_norm(
@@ -126,10 +129,12 @@ def depthwise_conv_norm(
     *,
     compute_dtype: torch.dtype | None = None,
     out_dtype: torch.dtype | None = None,
-) -> torch.Tensor:
+    shortcut: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Depthwise convolution followed by LayerNorm over the channels, in one op (the head of a ConvNeXt block).
 
     z = depthwise_conv(x, weight, bias);  y = (z - mean_c z) / sqrt(var_c z + eps) * norm_weight + norm_bias
+    with shortcut:  backward adds the shortcut's gradient where it stores x's:  dx = dshortcut + (dy/dx)^T dy
 
     Args:
         x: (N, H, W, C) float32 | bfloat16 | float16 | float64. Any strides; contiguous costs no copy. An NCHW tensor
@@ -142,10 +147,13 @@ def depthwise_conv_norm(
             default x.dtype. Under autocast, pass its dtype: x and the parameters then keep their own dtypes, and so do
             their gradients.
         out_dtype: dtype of the result; default compute_dtype.
+        shortcut: return (y, x), for a residual block, whose sum takes this x: its gradient then costs backward one read of it,
+            and no pass of its own.
 
     Returns:
         (N, H, W, C), contiguous. Sums and statistics are accumulated in float32 (float64 for float64); the variance in
-        two passes.
+        two passes. With shortcut also x, made contiguous: where x requires a gradient a view of it, which is not to be
+        written over in place (autograd raises). Its gradient is added in float32.
 
     Raises:
         ValueError: a shape or device does not fit. TypeError: a dtype does not fit. RuntimeError: a forced backend
@@ -160,9 +168,12 @@ def depthwise_conv_norm(
     compute_dtype, out_dtype = resolve_dtypes(OP, x, weight, compute_dtype, out_dtype)
     backend = _registry.select(OP, x, weight, bias, norm_weight, norm_bias).backend
     if backend == "eager":
-        return reference(x, weight, bias, norm_weight, norm_bias, eps, compute_dtype, out_dtype)
+        return reference(x, weight, bias, norm_weight, norm_bias, eps, compute_dtype, out_dtype, shortcut)
     x, weight, bias, norm_weight, norm_bias = map(dense, (x, weight, bias, norm_weight, norm_bias))
     if not needs_grad(x, weight, bias, norm_weight, norm_bias):
         fwd = _registry.raw("depthwise_conv_norm_fwd", backend)
-        return fwd(x, weight, bias, norm_weight, norm_bias, eps, compute_dtype, out_dtype, False)[0]
-    return DepthwiseConvNorm.apply(x, weight, bias, norm_weight, norm_bias, eps, compute_dtype, out_dtype, backend)
+        y = fwd(x, weight, bias, norm_weight, norm_bias, eps, compute_dtype, out_dtype, False)[0]
+        return (y, x) if shortcut else y
+    joined = shortcut and x.requires_grad  # else a frozen x would come back as one that requires a gradient
+    out = DepthwiseConvNorm.apply(x, weight, bias, norm_weight, norm_bias, eps, compute_dtype, out_dtype, joined, backend)
+    return (out, x) if shortcut and not joined else out

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..ops import depthwise_conv_norm, is_disabled, residual_scale, select
-from ..ops._function import constant_when_traced
+from ..ops._function import constant_when_traced, needs_grad
 from ..ops._registry import REROUTED
 from ._analysis import BlockLayout, read_block
 from ._body import GELU_LINEAR, GRN
@@ -61,7 +61,7 @@ class FastBlock(FastModule):
         # What ran before the convolution must not run twice.
         if not (head or tail or fusions or reroute) and (reason or not layout.before):
             return super().forward(*args, **kwargs)
-        y = _fused_head(self, layout, y) if head else _plain_head(self, layout, y)
+        y, x = _fused_head(self, layout, y, x) if head else (_plain_head(self, layout, y), x)
         y = run_body(self, layout.body, y, *masks, fusions=fusions, reroute=reroute)
         return _fused_tail(self, layout, x, y) if tail else _plain_tail(self, layout, x, y)
 
@@ -105,16 +105,22 @@ def _tail_reason(block: FastBlock, layout: BlockLayout, x: torch.Tensor) -> str:
     return bypass_reason(block, layout.tail_kinds) or parameter_reason(layout.gamma, gamma, x)
 
 
-def _fused_head(block: FastBlock, layout: BlockLayout, x: torch.Tensor) -> torch.Tensor:
-    """norm(conv(x)) as (N, H, W, C)."""
+def _fused_head(block: FastBlock, layout: BlockLayout, x: torch.Tensor, block_x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """norm(conv(x)) as (N, H, W, C), and the block's input for the shortcut.
+
+    Where the convolution takes that very input, and as it lies, the shortcut starts from the op's second result: backward then adds
+    its gradient where it stores the convolution's, in place of a pass that reads both and writes their sum.
+    """
     conv, norm = child_at(block, layout.conv), child_at(block, layout.norm)
-    x = x.permute(0, 2, 3, 1)
+    same, x = x is block_x, x.permute(0, 2, 3, 1)
     if not torch.compiler.is_compiling() and not x.is_contiguous():
         sites_of(block)["depthwise_conv_norm"].copies += 1
     compute_dtype = autocast_dtype(x)
     out_dtype = None if compute_dtype is None else output_dtype(block, layout.consumer_kinds, x.device.type, compute_dtype)
     parameters = conv.weight, conv.bias, norm.weight, norm.bias
-    return depthwise_conv_norm(x, *parameters, norm.eps, compute_dtype=compute_dtype, out_dtype=out_dtype)
+    shared = same and x.is_contiguous() and needs_grad(x)
+    y = depthwise_conv_norm(x, *parameters, norm.eps, compute_dtype=compute_dtype, out_dtype=out_dtype, shortcut=shared)
+    return (y[0], y[1].permute(0, 3, 1, 2)) if shared else (y, block_x)
 
 
 def _plain_head(block: FastBlock, layout: BlockLayout, x: torch.Tensor) -> torch.Tensor:
