@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 
 #include "geometry.h"
+#include "window_geometry.h"
 
 namespace py = pybind11;
 using fastconv::ConvShape;

@@ -31,6 +31,7 @@ WindowParams window_params(const Place& place, const Tensor& q, const Tensor& k,
   p.shape = {q.size(0), q.size(1), q.size(2), q.size(3), q.size(4), wh, ww};
   p.sh = static_cast<int>(sh), p.sw = static_cast<int>(sw), p.pad_first = pad_first, p.dtype = dtype_of(q.scalar_type());
   p.scale = static_cast<float>(scale), p.mask_value = static_cast<float>(mask_value), p.slices = window_slices(p.shape);
+  p.windows = p.shape.windows(), p.sizes = window_sizes(p.shape);
   const int64_t D = p.shape.D, heads = p.shape.heads;
   if (q.numel() > 0) {
     p.plan = window_plan(p.shape, backward, place.gpu().shared);

@@ -15,7 +15,7 @@ constexpr float kNever = -1e30f;  // logit of a token past the window, below any
 
 template <int kD> struct WindowBlock {
   static constexpr int kPitch = 2 * kD + 16, kPieces = kD / 8;  // of a token: bytes, and pieces of 16 bytes
-  static constexpr int kThreads = (kD <= 64 ? 12 : 8) * kWarp;
+  static constexpr int kThreads = 8 * kWarp;
 };
 
 // --- places
@@ -35,32 +35,30 @@ FC_DEVICE int code_of(const Place& at) { return at[0] == kUnreal ? kUnreal : at[
 
 // The window that a block is at: its image, and whether some pairs of its tokens are masked.
 struct Window {
-  int64_t b;
+  int b;
   bool masked;
 };
 
 // Fills in the places of a window's tokens. Barriers before and after.
-FC_DEVICE Window locate(const WindowParams& p, int64_t window, Place* places) {
-  const WindowShape& s = p.shape;
-  const int H = static_cast<int>(s.H), W = static_cast<int>(s.W), wh = static_cast<int>(s.wh), ww = static_cast<int>(s.ww);
-  const int across = static_cast<int>(s.across()), columns = (W + ww - 1) / ww, of_map = (H + wh - 1) / wh * columns;
-  const int64_t b = window / of_map;
-  const int inside = static_cast<int>(window - b * of_map), h0 = inside / columns * wh, w0 = inside % columns * ww;
-  const bool last_row = h0 + wh >= H, last_column = w0 + ww >= W;
+FC_DEVICE Window locate(const WindowParams& p, int window, Place* places) {
+  const WindowSizes& s = p.sizes;
+  const int b = window / s.of_map, inside = window - b * s.of_map, h0 = inside / s.columns * s.wh, w0 = inside % s.columns * s.ww;
+  const bool last_row = h0 + s.wh >= s.H, last_column = w0 + s.ww >= s.W;
   sync_threads();
-  for (int n = threadIdx.x; n < static_cast<int>(s.patches()) * kTokens; n += blockDim.x) {
-    const int patch = n / kTokens, row = patch / across * 4 + n % kTokens / 4, column = patch % across * 4 + n % 4;
+#pragma unroll 1
+  for (int n = threadIdx.x; n < s.down * s.across * kTokens; n += blockDim.x) {
+    const int patch = n / kTokens, row = patch / s.across * 4 + n % kTokens / 4, column = patch % s.across * 4 + n % 4;
     Place at{kUnreal, 0};
-    if (row < wh && column < ww) {
-      const int h = window_source(h0 + row, H, wh, p.sh, p.pad_first), w = window_source(w0 + column, W, ww, p.sw, p.pad_first);
-      const int region = 2 * (last_row && row >= wh - p.sh) + (last_column && column >= ww - p.sw);
-      at[0] = h < H && w < W ? h : kPadded;
-      at[1] = (h < H && w < W ? w : 0) | region << kColumnBits;
+    if (row < s.wh && column < s.ww) {
+      const int h = window_source(h0 + row, s.H, s.wh, p.sh, p.pad_first), w = window_source(w0 + column, s.W, s.ww, p.sw, p.pad_first);
+      const int region = 2 * (last_row && row >= s.wh - p.sh) + (last_column && column >= s.ww - p.sw);
+      at[0] = h < s.H && w < s.W ? h : kPadded;
+      at[1] = (h < s.H && w < s.W ? w : 0) | region << kColumnBits;
     }
     store_shared(places + n, at);
   }
   sync_threads();
-  return {b, (last_row && p.sh > 0) || (last_column && p.sw > 0) || wh % 4 != 0 || ww % 4 != 0};
+  return {b, (last_row && p.sh > 0) || (last_column && p.sw > 0) || s.wh % 4 != 0 || s.ww % 4 != 0};
 }
 
 // --- rows of tokens
@@ -70,9 +68,10 @@ template <int kD>
 FC_DEVICE void stage_tokens(const WindowParams& p, const WindowInput& x, int64_t b, int head, const Place* places, int tokens,
                             unsigned char* to, int thread, int threads) {
   constexpr int kPieces = WindowBlock<kD>::kPieces;
-  const int D = static_cast<int>(p.shape.D);
+  const int D = p.sizes.D;
   const uint16_t* const base = static_cast<const uint16_t*>(x.data) + b * x.stride_b + head * x.stride_head;
   const uint16_t* const pad = static_cast<const uint16_t*>(x.pad) + (x.pad ? head * D : 0);
+#pragma unroll 1
   for (int i = thread; i < tokens * kPieces; i += threads) {
     const int token = i / kPieces, c = i % kPieces * 8;
     const auto at = load_shared<Place>(places + token);
@@ -96,6 +95,7 @@ FC_DEVICE void stage_tokens(const WindowParams& p, const WindowInput& x, int64_t
 // Divides tokens by their norms, of which `inverse`, where it is given, keeps the reciprocals. By the threads that staged them.
 template <class T, int kD> FC_DEVICE void normalize_tokens(unsigned char* rows, int tokens, float* inverse, int thread, int threads) {
   constexpr int kPieces = WindowBlock<kD>::kPieces;
+#pragma unroll 1
   for (int i = thread; i < tokens * kPieces; i += threads) {
     const int token = i / kPieces;
     unsigned char* const here = rows + token * WindowBlock<kD>::kPitch + i % kPieces * 16;
@@ -117,7 +117,8 @@ template <class T, int kD> FC_DEVICE void normalize_tokens(unsigned char* rows, 
 template <int kD>
 FC_DEVICE void write_tokens(const WindowParams& p, const unsigned char* rows, const Place* places, uint16_t* to, int64_t b, int64_t pitch) {
   constexpr int kPieces = WindowBlock<kD>::kPieces;
-  const int D = static_cast<int>(p.shape.D);
+  const int D = p.sizes.D;
+#pragma unroll 1
   for (int i = threadIdx.x % kWarp; i < kTokens * kPieces; i += kWarp) {
     const int c = i % kPieces * 8;
     const auto at = load_shared<Place>(places + i / kPieces);
@@ -149,8 +150,8 @@ template <int kD> FC_DEVICE const unsigned char* wide(const unsigned char* rows)
 // A warp's own sixteen tokens as A. Of 128 channels they stay in shared memory: sums take the registers.
 template <int kD> struct OwnTokens {
   static constexpr bool kHeld = kD <= 64;
-  uint32_t held[kHeld ? kD / 16 : 1][4];
-  const unsigned char* rows;
+  uint32_t held[kHeld ? kD / 16 : 1][4] = {};
+  const unsigned char* rows = nullptr;
   FC_DEVICE void load(const unsigned char* from) {
     rows = tall<kD>(from);
     if constexpr (kHeld) {
@@ -203,12 +204,19 @@ template <class T, int kD> FC_DEVICE void add_weighted(float (&acc)[kD / 8][4], 
 
 // --- logits
 
-// Number of a token in its window: its bias to another is in the table at the difference of theirs, from the centre on.
-FC_DEVICE int number_of(const WindowParams& p, int patch, int token) {
-  const int across = static_cast<int>(p.shape.across()), pitch = static_cast<int>(p.shape.table_pitch());
-  return (patch / across * 4 + token / 4) * pitch + patch % across * 4 + token % 4;
-}
-FC_DEVICE int centre_of(const WindowShape& s) { return static_cast<int>((4 * s.down() - 1) * s.table_pitch() + 4 * s.across() - 1); }
+// Number of a token in its window: its bias to another is in the table at the difference of theirs, from the centre on. That of a
+// patch's first token, and of another in the patch from there on:
+FC_DEVICE int number_of_patch(const WindowSizes& s, int patch) { return patch / s.across * 4 * s.pitch + patch % s.across * 4; }
+FC_DEVICE int number_inside(const WindowSizes& s, int token) { return token / 4 * s.pitch + token % 4; }
+// Patches one after another.
+struct PatchWalk {
+  int number, column = 0;
+  FC_DEVICE PatchWalk(const WindowSizes& s, int row) : number(row * 4 * s.pitch) {}
+  FC_DEVICE void next(const WindowSizes& s) {
+    number += 4;
+    if (++column == s.across) column = 0, number += 4 * (s.pitch - s.across);
+  }
+};
 
 // What a lane knows of its two rows of a fragment, tokens lane / 4 and 8 more of its warp's patch: of queries with kSign = -1, of keys
 // with 1; and of the whole call: logits count in powers of two.
@@ -221,13 +229,13 @@ template <int kSign> struct Rows {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int token = threadIdx.x % kWarp / 4 + 8 * i;
-      number[i] = centre_of(p.shape) - kSign * number_of(p, patch, token);
+      number[i] = p.sizes.centre - kSign * (number_of_patch(p.sizes, patch) + number_inside(p.sizes, token));
       code[i] = code_of(load_shared<Place>(places + patch * kTokens + token));
     }
   }
-  // Products with the tokens of another patch become logits. `others`: its places.
-  FC_DEVICE void logits(const WindowParams& p, float (&x)[2][4], int patch, const Place* others, bool masked) const {
-    const int pitch = static_cast<int>(p.shape.table_pitch()), column = threadIdx.x % 4 * 2, other = number_of(p, patch, column);
+  // Products with the tokens of another patch, whose number that is, become logits. `others`: its places.
+  FC_DEVICE void logits(const WindowParams& p, float (&x)[2][4], int patch_number, const Place* others, bool masked) const {
+    const int pitch = p.sizes.pitch, column = threadIdx.x % 4 * 2, other = patch_number + number_inside(p.sizes, column);
 #pragma unroll
     for (int i = 0; i < 2; ++i)
 #pragma unroll
@@ -248,13 +256,13 @@ template <int kSign> struct Rows {
 
 // The table of a head in powers of two, with zeros beyond the window; a barrier follows in locate().
 FC_DEVICE void stage_table(const WindowParams& p, int head, float* to) {
-  const WindowShape& s = p.shape;
-  const int pitch = static_cast<int>(s.table_pitch()), rows = static_cast<int>(8 * s.down() - 1);
-  const int wh = static_cast<int>(s.wh), ww = static_cast<int>(s.ww);
-  for (int i = threadIdx.x; i < rows * pitch; i += blockDim.x) {
-    const int row = i / pitch - (rows - 1) / 2 + wh - 1, column = i % pitch - static_cast<int>(4 * s.across() - 1) + ww - 1;
-    const bool in = p.table && row >= 0 && row < 2 * wh - 1 && column >= 0 && column < 2 * ww - 1;
-    const int64_t position = in ? row * (2 * ww - 1) + column : 0;
+  const WindowSizes& s = p.sizes;
+  const int rows = 8 * s.down - 1;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < rows * s.pitch; i += blockDim.x) {
+    const int row = i / s.pitch - (4 * s.down - 1) + s.wh - 1, column = i % s.pitch - (4 * s.across - 1) + s.ww - 1;
+    const bool in = p.table && row >= 0 && row < 2 * s.wh - 1 && column >= 0 && column < 2 * s.ww - 1;
+    const int64_t position = in ? row * (2 * s.ww - 1) + column : 0;
     store_shared(to + i, load_global<float>(p.table + (in ? position * s.heads + head : 0), in) * kLog2e);
   }
 }

@@ -45,6 +45,21 @@ FC_DEVICE void stage_own(const WindowParams& p, const Shared& sh, const WindowIn
   other.load(sh.own_second);
 }
 
+// Sums of a row's weights, and of these times dP, relative to its largest logit so far, which log_sum is: of each lane's columns apart.
+FC_DEVICE void add_statistics(const float (&x)[2][4], const float (&dp)[2][4], float (&log_sum)[2], float (&sum)[2], float (&delta)[2]) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const float top = larger(larger(larger(x[0][2 * i], x[0][2 * i + 1]), larger(x[1][2 * i], x[1][2 * i + 1])), log_sum[i]);
+    const float keep = exp2(log_sum[i] - top);
+    sum[i] *= keep, delta[i] *= keep, log_sum[i] = top;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const float weight = exp2(x[j / 2][2 * i + j % 2] - top);
+      sum[i] += weight, delta[i] = fmaf(weight, dp[j / 2][2 * i + j % 2], delta[i]);
+    }
+  }
+}
+
 // Gradient before the factor and, in cosine attention, the norm. Returns what the lane's rows add to the gradient of the factor.
 template <class T, int kD>
 FC_DEVICE float through_factor(const WindowParams& p, const OwnTokens<kD>& unit, const float* inverses, float factor, float (&grad)[kD / 8][4]) {
@@ -85,7 +100,7 @@ template <class T, int kD>
 FC_DEVICE void write_gradient(const WindowParams& p, const Shared& sh, int64_t b, int head, int patch, int part, unsigned char* rows,
                               const float (&grad)[kD / 8][4]) {
   const int lane = threadIdx.x % kWarp;
-  const WindowShape& s = p.shape;
+  const WindowSizes& s = p.sizes;
   const Place* const places = sh.places + patch * kTokens;
   const bool padded[2] = {load_shared<Place>(places + lane / 4)[0] == kPadded, load_shared<Place>(places + lane / 4 + 8)[0] == kPadded};
   if (p.dpad && warp_any(padded[0] || padded[1])) {
@@ -108,14 +123,14 @@ FC_DEVICE void write_gradient(const WindowParams& p, const Shared& sh, int64_t b
   store_tokens<T, kD>(rows, grad, {1, 1});
   sync_warp();
   uint16_t* const to = static_cast<uint16_t*>(p.out) + (part * s.heads + head) * s.D;
-  write_tokens<kD>(p, rows, places, to, b, 3 * s.heads * s.D);
+  write_tokens<kD>(p, rows, places, to, b, int64_t{3} * s.heads * s.D);
   sync_warp();
 }
 
 // What the band holds goes to the relative positions that it is of: `first` is the offset of rows of its first row of patches. Each
 // position is one thread's.
 FC_DEVICE void fold_band(const WindowParams& p, const Shared& sh, int first) {
-  const int across = static_cast<int>(p.shape.across()), pitch = static_cast<int>(p.shape.table_pitch()), centre = centre_of(p.shape);
+  const int across = p.sizes.across, pitch = p.sizes.pitch, total = 8 * p.sizes.down - 1;
   const int columns = 8 * across - 1, rows = 4 * p.plan.bands + 3;
   for (int i = threadIdx.x; i < rows * columns; i += blockDim.x) {
     const int down = i / columns - 3, right = i % columns - (4 * across - 1);  // to the query from the key, from row 4 * first on
@@ -128,9 +143,9 @@ FC_DEVICE void fold_band(const WindowParams& p, const Shared& sh, int first) {
       const int place = q / 8 * 128 + (k % 8 * 4 + q % 8 / 2) * 4 + k / 8 * 2 + q % 2;
       sum += load_shared<float>(sh.band + (in ? tile * static_cast<int>(kWindowBandFloats) + place : 0), in);
     }
-    float* const to = sh.sums + centre + (4 * first + down) * pitch + right;
-    const int row = 4 * first + down + 4 * static_cast<int>(p.shape.down()) - 1;
-    const bool in = row >= 0 && row < 8 * static_cast<int>(p.shape.down()) - 1;
+    float* const to = sh.sums + p.sizes.centre + (4 * first + down) * pitch + right;
+    const int row = 4 * first + down + 4 * p.sizes.down - 1;
+    const bool in = row >= 0 && row < total;
     store_shared(in ? to : sh.sums, load_shared<float>(in ? to : sh.sums, in) + sum, in);
   }
 }
@@ -142,11 +157,11 @@ template <class T, int kD> __global__ void __launch_bounds__(WindowBlock<kD>::kT
   FC_DYNAMIC_SHARED(shared);
   FC_SHARED(float, warp_sums, WindowBlock<kD>::kThreads / kWarp);
   constexpr int kToken = WindowBlock<kD>::kPitch, kPatch = kTokens * kToken;
-  const WindowShape& s = p.shape;
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, head = static_cast<int>(blockIdx.x % s.heads);
-  const int across = static_cast<int>(s.across()), down = static_cast<int>(s.down()), patches = down * across, tokens = patches * kTokens;
-  const int table_floats = static_cast<int>(s.table_bytes() / 4), band_floats = p.plan.bands * (2 * across - 1) * static_cast<int>(kWindowBandFloats);
-  const int64_t slice = blockIdx.x / s.heads, end = part_begin(s.windows(), p.slices, slice + 1);
+  const WindowSizes& s = p.sizes;
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, slice = blockIdx.x / s.heads, head = blockIdx.x % s.heads;
+  const int across = s.across, down = s.down, patches = down * across, tokens = patches * kTokens;
+  const int table_floats = (8 * down - 1) * s.pitch, band_floats = p.plan.bands * (2 * across - 1) * static_cast<int>(kWindowBandFloats);
+  const int end = static_cast<int>(part_begin(p.windows, p.slices, slice + 1));
   Shared sh;
   const auto floats = [&](int byte) { return reinterpret_cast<float*>(shared + byte); };
   sh.places = reinterpret_cast<Place*>(shared + p.plan.places), sh.table = floats(p.plan.table);
@@ -160,7 +175,7 @@ template <class T, int kD> __global__ void __launch_bounds__(WindowBlock<kD>::kT
   clear(floats(p.plan.pads), p.plan.warps * 3 * kD);
   float dfactor = 0;
 
-  for (int64_t window = part_begin(s.windows(), p.slices, slice); window < end; ++window) {
+  for (int window = static_cast<int>(part_begin(p.windows, p.slices, slice)); window < end; ++window) {
     const Window at = locate(p, window, sh.places);
     OwnTokens<kD> a, other;
     const auto last_of = [&](int row) { return row + p.plan.rows < down ? row + p.plan.rows : down; };
@@ -174,52 +189,38 @@ template <class T, int kD> __global__ void __launch_bounds__(WindowBlock<kD>::kT
         mine.at(p, sh.places, patch);
       }
       float log_sum[2] = {kNever, kNever}, delta[2] = {}, sum[2] = {}, dq[kD / 8][4] = {};
-      // Of each lane's columns apart. log_sum is the largest logit so far.
-      for (int row = 0; row < down; row = last_of(row)) {
-        const int begin = row * across, stop = last_of(row) * across;
-        if (pass == 0 || p.plan.rows < down) stage_rows<T, kD>(p, sh, p.k, p.v, at.b, head, begin, stop);
 #pragma unroll 1
-        for (int key = begin; active && key < stop; ++key) {
-          float x[2][4], dp[2][4];
-          products<T>(x, a, sh.first + (key - begin) * kPatch);
-          products<T>(dp, other, sh.second + (key - begin) * kPatch);
-          mine.logits(p, x, key, sh.places + key * kTokens, at.masked);
+      for (int round = 0; round < 2; ++round) {
+        for (int row = 0; row < down; row = last_of(row)) {
+          const int begin = row * across, stop = last_of(row) * across;
+          if ((pass == 0 && round == 0) || p.plan.rows < down) stage_rows<T, kD>(p, sh, p.k, p.v, at.b, head, begin, stop);
+          PatchWalk walk(s, row);
+#pragma unroll 1
+          for (int key = begin; active && key < stop; ++key, walk.next(s)) {
+            float x[2][4], dp[2][4];
+            products<T>(x, a, sh.first + (key - begin) * kPatch);
+            products<T>(dp, other, sh.second + (key - begin) * kPatch);
+            mine.logits(p, x, walk.number, sh.places + key * kTokens, at.masked);
+            if (round == 0) {
+              add_statistics(x, dp, log_sum, sum, delta);
+            } else {
 #pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            const float top = larger(larger(larger(x[0][2 * i], x[0][2 * i + 1]), larger(x[1][2 * i], x[1][2 * i + 1])), log_sum[i]);
-            const float keep = exp2(log_sum[i] - top);
-            sum[i] *= keep, delta[i] *= keep, log_sum[i] = top;
+              for (int i = 0; i < 2; ++i)
 #pragma unroll
-            for (int j = 0; j < 4; ++j) {
-              const float weight = exp2(x[j / 2][2 * i + j % 2] - top);
-              sum[i] += weight, delta[i] = fmaf(weight, dp[j / 2][2 * i + j % 2], delta[i]);
+                for (int j = 0; j < 4; ++j) x[i][j] = exp2(x[i][j] - log_sum[j / 2]) * (dp[i][j] - delta[j / 2]);
+              add_weighted<T, kD>(dq, x, sh.first + (key - begin) * kPatch);
             }
           }
         }
-      }
+        if (round == 1) continue;
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const float top = row_max(log_sum[i]), keep = exp2(log_sum[i] - top);
-        sum[i] = row_sum(sum[i] * keep), delta[i] = row_sum(delta[i] * keep) / sum[i];
-        log_sum[i] = top + log2(sum[i]);
-        const int token = patch * kTokens + lane / 4 + 8 * i;
-        store_shared(sh.log_sum + token, log_sum[i], active && lane % 4 == 0);
-        store_shared(sh.delta + token, delta[i], active && lane % 4 == 0);
-      }
-      for (int row = 0; row < down; row = last_of(row)) {
-        const int begin = row * across, stop = last_of(row) * across;
-        if (p.plan.rows < down) stage_rows<T, kD>(p, sh, p.k, p.v, at.b, head, begin, stop);
-#pragma unroll 1
-        for (int key = begin; active && key < stop; ++key) {
-          float x[2][4], dp[2][4];
-          products<T>(x, a, sh.first + (key - begin) * kPatch);
-          products<T>(dp, other, sh.second + (key - begin) * kPatch);
-          mine.logits(p, x, key, sh.places + key * kTokens, at.masked);
-#pragma unroll
-          for (int i = 0; i < 2; ++i)
-#pragma unroll
-            for (int j = 0; j < 4; ++j) x[i][j] = exp2(x[i][j] - log_sum[j / 2]) * (dp[i][j] - delta[j / 2]);
-          add_weighted<T, kD>(dq, x, sh.first + (key - begin) * kPatch);
+        for (int i = 0; i < 2; ++i) {
+          const float top = row_max(log_sum[i]), keep = exp2(log_sum[i] - top);
+          sum[i] = row_sum(sum[i] * keep), delta[i] = row_sum(delta[i] * keep) / sum[i];
+          log_sum[i] = top + log2(sum[i]);
+          const int token = patch * kTokens + lane / 4 + 8 * i;
+          store_shared(sh.log_sum + token, log_sum[i], active && lane % 4 == 0);
+          store_shared(sh.delta + token, delta[i], active && lane % 4 == 0);
         }
       }
       if (!active) continue;
@@ -257,7 +258,7 @@ template <class T, int kD> __global__ void __launch_bounds__(WindowBlock<kD>::kT
               float x[2][4], ds[2][4];
               products<T>(x, a, sh.first + (query - begin) * kPatch);
               products<T>(ds, other, sh.second + (query - begin) * kPatch);
-              mine.logits(p, x, query, sh.places + query * kTokens, at.masked);
+              mine.logits(p, x, of_row / across * 4 * s.pitch + 4 * i, sh.places + query * kTokens, at.masked);
 #pragma unroll
               for (int h = 0; h < 2; ++h) {
                 const int token = query * kTokens + 8 * h + lane % 4 * 2;
@@ -297,13 +298,12 @@ template <class T, int kD> __global__ void __launch_bounds__(WindowBlock<kD>::kT
   dfactor = warp_sum(dfactor);
   store_shared(warp_sums + warp, dfactor, lane == 0);
   sync_threads();
-  const int64_t offset = slice * p.partial_floats, positions = p.dtable ? s.positions() : 0;
-  const int wh = static_cast<int>(s.wh), ww = static_cast<int>(s.ww), pitch = static_cast<int>(s.table_pitch()), centre = centre_of(s);
+  const int64_t offset = slice * p.partial_floats;
+  const int rows = 2 * s.wh - 1, columns = 2 * s.ww - 1, positions = p.dtable ? rows * columns : 0, D = s.D;
   for (int i = threadIdx.x; i < positions; i += blockDim.x) {
-    const int row = i / (2 * ww - 1) - (wh - 1), right = i % (2 * ww - 1) - (ww - 1);
-    store_global(p.dtable + offset + i * s.heads + head, load_shared<float>(sh.sums + centre + row * pitch + right));
+    const int below = i / columns - (s.wh - 1), right = i % columns - (s.ww - 1);
+    store_global(p.dtable + offset + i * s.heads + head, load_shared<float>(sh.sums + s.centre + below * s.pitch + right));
   }
-  const int D = static_cast<int>(s.D);
   for (int i = threadIdx.x; i < (p.dpad ? 3 * D : 0); i += blockDim.x) {
     float sum = 0;
     for (int w = 0; w < p.plan.warps; ++w) sum += load_shared<float>(floats(p.plan.pads) + (w * 3 + i / D) * kD + i % D);

@@ -10,13 +10,13 @@ namespace {
 // Patches of keys between two looks at the largest logit.
 constexpr int kTogether = 2;
 
-template <class T, int kD> __global__ void __launch_bounds__(WindowBlock<kD>::kThreads, 1) window_attention_mma_fwd_kernel(WindowParams p) {
+template <class T, int kD> __global__ void __launch_bounds__(WindowBlock<kD>::kThreads, kD <= 32 ? 2 : 1) window_attention_mma_fwd_kernel(WindowParams p) {
   FC_DYNAMIC_SHARED(shared);
   constexpr int kToken = WindowBlock<kD>::kPitch, kGroup = kTogether;
-  const WindowShape& s = p.shape;
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, head = static_cast<int>(blockIdx.x % s.heads);
-  const int across = static_cast<int>(s.across()), down = static_cast<int>(s.down()), patches = down * across;
-  const int64_t slice = blockIdx.x / s.heads, end = part_begin(s.windows(), p.slices, slice + 1);
+  const WindowSizes& s = p.sizes;
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, slice = blockIdx.x / s.heads, head = blockIdx.x % s.heads;
+  const int across = s.across, down = s.down, patches = down * across;
+  const int end = static_cast<int>(part_begin(p.windows, p.slices, slice + 1));
   Place* const places = reinterpret_cast<Place*>(shared + p.plan.places);
   float* const table = reinterpret_cast<float*>(shared + p.plan.table);
   unsigned char* const own = shared + p.plan.own + warp * kTokens * kToken;
@@ -26,7 +26,7 @@ template <class T, int kD> __global__ void __launch_bounds__(WindowBlock<kD>::kT
   Rows<-1> mine(p, table, factor);
   stage_table(p, head, table);
 
-  for (int64_t window = part_begin(s.windows(), p.slices, slice); window < end; ++window) {
+  for (int window = static_cast<int>(part_begin(p.windows, p.slices, slice)); window < end; ++window) {
     const Window at = locate(p, window, places);
     for (int first = 0; first < patches; first += p.plan.warps) {
       const int patch = first + warp;
@@ -54,6 +54,7 @@ template <class T, int kD> __global__ void __launch_bounds__(WindowBlock<kD>::kT
           queries.load(own);
           mine.at(p, places, patch);
         }
+        PatchWalk walk(s, row);
 #pragma unroll 1
         for (int key = begin; key < stop; key += kGroup) {
           float x[kGroup][2][4], top[2] = {most[0], most[1]};
@@ -61,7 +62,8 @@ template <class T, int kD> __global__ void __launch_bounds__(WindowBlock<kD>::kT
           for (int g = 0; g < kGroup; ++g) {
             if (key + g >= stop) continue;
             products<T>(x[g], queries, keys + (key + g - begin) * kTokens * kToken);
-            mine.logits(p, x[g], key + g, places + (key + g) * kTokens, at.masked);
+            mine.logits(p, x[g], walk.number, places + (key + g) * kTokens, at.masked);
+            walk.next(s);
 #pragma unroll
             for (int j = 0; j < 4; ++j) top[j / 2] = larger(larger(x[g][0][j], x[g][1][j]), top[j / 2]);
           }
@@ -90,7 +92,7 @@ template <class T, int kD> __global__ void __launch_bounds__(WindowBlock<kD>::kT
       store_tokens<T, kD>(own, out, inverse);
       sync_warp();
       uint16_t* const y = static_cast<uint16_t*>(p.out) + head * s.D;
-      write_tokens<kD>(p, own, places + patch * kTokens, y, at.b, s.heads * s.D);
+      write_tokens<kD>(p, own, places + patch * kTokens, y, at.b, p.shape.heads * s.D);
       sync_warp();
     }
   }

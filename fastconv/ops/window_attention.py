@@ -10,7 +10,6 @@ from ._function import first_order_only, needs_grad
 from ._window import OP, check, choose, pair
 from ._window import reference as reference
 
-
 # Raw ops. q, k, v: (B, H, W, heads, head_dim) of any strides but the last, which is 1; pad (3, heads, head_dim) has their dtype,
 # table, logit_scale (heads,) and the gradients of all three the accumulation type. Without logit_scale the factor is scale.
 _CALL = "Tensor q, Tensor k, Tensor v, Tensor? table, Tensor? logit_scale, Tensor? pad"
