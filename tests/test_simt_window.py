@@ -90,12 +90,10 @@ def test_separate_tensors_and_views_far_apart():
         assert torch.equal(y, packed["out"]) and torch.equal(torch.stack(grads, 3), packed["dqkv"])
 
 
-@pytest.mark.parametrize("scale", (10.0, -3.0))
-def test_a_logit_overcomes_the_mask(scale):
-    """Cosine logits near +-100 beside a mask of -100: added, not infinite. Keys that agree with no query weigh as in the formula."""
-    case = Case(OP, (1, 12, 12, 32), heads=1, window=(12, 12), shift=(6, 6), scale=abs(scale), without=WHOLE)
+def test_a_logit_overcomes_the_mask():
+    """Cosine logits near +-100 beside a mask of -100: added, not infinite."""
+    case = Case(OP, (1, 12, 12, 32), heads=1, window=(12, 12), shift=(6, 6), scale=10.0, without=WHOLE)
     inputs = make_inputs(case, torch.bfloat16)
-    inputs.tensors["logit_scale"].mul_(scale / abs(scale))
     truth, eager = truth_of(OP, inputs), run(_registry.hub(OP).reference, inputs)
     got = on_simulator(OP, inputs)
     for name in truth:

@@ -265,8 +265,9 @@ template <class T, int kD> __global__ void __launch_bounds__(WindowBlock<kD>::kT
                 const auto log_sum = load_shared<Vec<float, 2>>(sh.log_sum + token), delta = load_shared<Vec<float, 2>>(sh.delta + token);
 #pragma unroll
                 for (int j = 0; j < 4; ++j) {
+                  const bool never = x[h][j] == kNever;  // then dP may be NaN, and the offset another pair's too
                   x[h][j] = exp2(x[h][j] - log_sum[j % 2]);
-                  ds[h][j] = x[h][j] * (ds[h][j] - delta[j % 2]);
+                  ds[h][j] = never ? 0 : x[h][j] * (ds[h][j] - delta[j % 2]);
                 }
                 if (p.dtable) {
                   const int tile = up * (2 * across - 1) + i - column + across - 1;
