@@ -30,7 +30,7 @@ struct WindowPlan {
   int64_t shared = 0;
 };
 constexpr int64_t kWindowBandFloats = 16 * 16 + 8;  // of one offset between patches
-constexpr int64_t kWindowStatic = 64;                // bytes of shared memory beside the plan's
+constexpr int64_t kWindowStatic = 128;               // bytes of shared memory beside the plan's
 constexpr int64_t kWindowWarps = 8;                   // at most: by registers
 
 constexpr WindowPlan window_plan(const WindowShape& s, bool backward, int64_t shared) {
