@@ -231,7 +231,7 @@ BUGS = {
     "sums of the band kept": (Bug(BACKWARD, "            clear(sh.band, band_floats);\n", ""), TWELVE, "dbias_table|not finite"),
     "maximum not carried": (Bug(FORWARD, "most[i] = top[i], sum[i] *= keep;", "most[i] = top[i];"), TWELVE, "out: "),
     "a token's column for its row": (Bug(PIECES, "n % kTokens / 4, column", "n % 4, column"), TWELVE, "out: "),
-    "padded tokens lost": (Bug(BACKWARD, "before[0] + sum[0]", "sum[0]"), f"{OP}:15:bfloat16", "dpad_bias"),
+    "padded tokens lost": (Bug(BACKWARD, "before[0] + sum[0]", "sum[0]"), SIXTEEN, "dpad_bias"),
     "norm a constant": (Bug(BACKWARD, "inverse[0] < 1e12f ? along[0] : 0", "0"), SIXTEEN, "dqkv"),
     "keys not there yet": (Bug(FORWARD, "if (stage) sync_threads();", "if (stage) sync_warp();"), TWELVE, "data race"),
     "one partial for all slices": (Bug(BACKWARD, "slice * p.partial_floats;", "0;"), TWELVE, "dbias_table|not finite"),
