@@ -154,6 +154,42 @@ def test_windows_and_heads_too_large_for_a_program(sizes, monkeypatch):
     same_bits(run(ops.window_attention, inputs), run(hub("window_attention").reference, inputs))
 
 
+@pytest.mark.parametrize("side", (7, 8))
+def test_bytes_of_window_attention(side, monkeypatch):
+    """Of the maps each pass moves every element once, in float16 8 and 14 bytes a token and channel, and of the sums over windows of the
+    gradient of the bias a program's first window writes them and the others read and write them: no more."""
+    heads, D, N = 2, 32, side * side
+    case = Case(
+        "window_attention", (1, 3 * side, 2 * side, heads * D), heads=heads, window=(side, side), shift=(3, 3), without=("pad_bias",)
+    )
+    inputs = make_inputs(case, torch.float16)
+    monkeypatch.setattr(_common, "MAX_SLICES", 2)  # three windows to a program, as large batches have
+    counts = []
+    launch = window_attention.launch
+
+    def counted(*args, **kwargs):
+        triton_interpreter_fixes.accesses = found = []
+        launch(*args, **kwargs)
+        triton_interpreter_fixes.accesses = None
+        counts.append(found)
+
+    monkeypatch.setattr(window_attention, "launch", counted)
+    on_triton("window_attention", inputs)
+    elements = inputs.dout.numel()
+    halves, floats = ([sum(a.size * size for a, size in found if size == s) for found in counts[:2]] for s in (2, 4))
+    assert [n / elements for n in halves] == [8, 14]
+    # Beside them the table, and the sums of 6 windows in 2 slices: written 6 times, read 4 times.
+    table = 6 * heads * N * N * 4
+    small = 2 * heads * (1 + 3 * D) * 4
+    assert floats[0] == table + floats_of_scale(heads)
+    assert floats[1] == table + 10 * heads * N * N * 4 + small + floats_of_scale(heads)
+
+
+def floats_of_scale(heads: int) -> int:
+    """logit_scale: once a program, of which a head has two."""
+    return 2 * heads * 4
+
+
 def _fake(func, args):
     with torch._subclasses.FakeTensorMode() as mode:
         return func(*torch.utils._pytree.tree_map_only(torch.Tensor, mode.from_tensor, args))
