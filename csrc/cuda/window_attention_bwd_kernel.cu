@@ -15,8 +15,17 @@ namespace {
 // Places in shared memory.
 struct Shared {
   Place* places;
-  float *table, *log_sum, *delta, *sums, *band, *pads, *inverse;
-  unsigned char *own_first, *own_second, *first, *second;
+  float* table;
+  float* log_sum;
+  float* delta;
+  float* sums;
+  float* band;
+  float* pads;
+  float* inverse;
+  unsigned char* own_first;
+  unsigned char* own_second;
+  unsigned char* first;
+  unsigned char* second;
 };
 
 // Two inputs' patches in rows [row, last) of the window, the first normalised, for all warps: with barriers before and after.
