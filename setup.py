@@ -193,7 +193,7 @@ def extensions() -> tuple[list, dict]:
         "fastconv._C",
         ["csrc/build_info.cpp"],
         include_dirs=["csrc"],
-        depends=["csrc/geometry.h"],
+        depends=["csrc/geometry.h", "csrc/window_geometry.h"],
         define_macros=[(f"FASTCONV_{name}", json.dumps(value)) for name, value in facts.items()],
         cxx_std=20,
     )

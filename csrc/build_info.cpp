@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 
 #include "geometry.h"
+#include "window_geometry.h"
 
 namespace py = pybind11;
 using fastconv::ConvShape;
@@ -75,6 +76,12 @@ PYBIND11_MODULE(_C, m) {
     return py::make_tuple(fastconv::grouped_serves(s), fastconv::grouped_pays(s));
   }, FC_SHAPE, shape("stride"), shape("pad_h"), shape("pad_w"), shape("groups"),
      "(whether the CUDA kernels of grouped_conv can run a call, whether they are the choice), for maps in channels_last of bfloat16 or float16.");
+  m.def("cuda_window_plan", [](int64_t wh, int64_t ww, int64_t D, bool backward, int64_t shared) {
+    const auto p = fastconv::window_plan({1, wh, ww, 1, D, wh, ww}, backward, shared);
+    return py::make_tuple(p.warps, p.rows, p.bands, p.shared);
+  }, shape("wh"), shape("ww"), shape("D"), shape("backward"), shape("shared"),
+     "(warps, rows of patches in shared memory at a time, rows of sums for the table, bytes of shared memory) of a block of window_attention"
+     " on tensor cores, on a GPU of so much shared memory a block. No warps: it does not fit.");
   m.def("cuda_partial_floats", [](int64_t N, int64_t H, int64_t W, int64_t C, int64_t K, bool norm) {
     const ConvShape s{N, H, W, C, K};
     return fastconv::conv_wgrad_floats(s) + (norm ? fastconv::norm_bwd_floats(s) : 0);

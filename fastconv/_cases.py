@@ -288,6 +288,7 @@ def _window_attention_cases() -> list[Case]:
         Case(op, (1, 4, 4, 128), heads=1, window=(4, 2), shift=(1, 0), without=(*v1, *whole)),
         Case(op, (1, 16, 17, 16), heads=1, window=(16, 16), shift=(8, 5)),
         Case(op, (1, 12, 13, 24), heads=1, window=(12, 12), shift=(6, 6), without=v1, **pad_first),
+        Case(op, (1, 13, 20, 40), heads=1, window=(12, 10), shift=(6, 5), without=v1),  # several, of neither side's size
         Case(op, (40, 4, 3, 12), heads=2, window=(2, 2), shift=(1, 0)),  # more windows than one task or program takes
         Case(op, (2, 4, 6, 16), heads=2, window=(2, 3), shift=(1, 0), without=("bias_table", *v1, *whole)),
         Case(op, (2, 5, 4, 16), heads=2, window=(2, 3), shift=(1, 2), without=("bias_table", "pad_bias")),
@@ -311,3 +312,9 @@ CASES: dict[str, list[Case]] = {
     "squeeze_excite": _squeeze_excite_cases(),
     "window_attention": _window_attention_cases(),
 }
+
+
+def dtypes_of(op: str, backend: str) -> tuple[torch.dtype, ...]:
+    """Which of a GPU's dtypes the kernels of an op take: window_attention's for CUDA run on tensor cores alone."""
+    halves = (torch.bfloat16, torch.float16)
+    return halves if (op, backend) == ("window_attention", "cuda") else (torch.float32, *halves)

@@ -21,6 +21,7 @@ from . import ops
 from ._attention_cases import attention_formula, attention_inputs
 from ._cases import CASES as CASES
 from ._cases import Case as Case
+from ._cases import dtypes_of as dtypes_of
 from .ops._registry import FLOAT_DTYPES as FLOAT_DTYPES
 from .ops._registry import NAMESPACES, hub, select, use_backend
 

@@ -23,8 +23,7 @@ from torch.nn.utils import parametrize
 from torchvision.models.swin_transformer import ShiftedWindowAttention
 
 import fastconv
-from fastconv.ops import Choice
-from fastconv.patching import _attention
+from fastconv.ops import Choice, _registry, _window
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -160,17 +159,19 @@ def test_window_that_the_relative_positions_are_not_for():
     assert layer.window_size == 3, "for good, as the original has it"
 
 
-def test_windows_too_large_for_triton(monkeypatch):
+def test_windows_too_large_for_a_gpus_kernels(monkeypatch):
     """The op would compute them by its reference: the original code is as good, and the report says so."""
     model, plain = both(timm_block())
-    monkeypatch.setattr(_attention, "select", lambda *_: Choice("triton"))
     x = torch.randn(2, 8, 12, 32)
     with torch.no_grad():
         assert torch.allclose(model(x), plain(x), rtol=1e-4, atol=1e-4)
         assert not any(s.fallbacks for s in fastconv.report(model).sites)
-        monkeypatch.setattr(_attention, "TRITON_TOKENS", 15)
+    monkeypatch.setattr(_registry, "select", lambda *_: Choice("triton"))
+    monkeypatch.setattr(_registry, "missing", lambda op, backend, *_: "not built" if backend == "cuda" else "")
+    monkeypatch.setattr(_window, "TRITON_TOKENS", 15)
+    with torch.no_grad():
         reasons, out = fallbacks(model, x)
-    assert reasons == {"the Triton kernel takes windows of 15 tokens and a head_dim of 128 at most"}
+    assert reasons == {"triton: windows of 15 tokens at most, got (4, 4); cuda: not built"}
     assert torch.equal(out, plain(x))
 
 

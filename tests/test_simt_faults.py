@@ -18,6 +18,7 @@ CONV, BACKWARD = "cuda/depthwise_conv_kernel.cu", "cuda/depthwise_conv_bwd_kerne
 TILE, GENERAL = "cuda/conv_tile.cuh", "cuda/depthwise_conv_general_kernel.cu"
 JOINED, NORM = "cuda/depthwise_conv_norm_joined_kernel.cu", "cuda/norm_joined.cuh"
 REDUCE, TAIL = "cuda/reduce_kernel.cu", "cuda/residual_scale_kernel.cu"
+WINDOW, WINDOWS = "cuda/window_attention_bwd_kernel.cu", "window_attention:13:bfloat16"
 CONTRACT, SANITIZER, CRASH = 3, 66, -11
 STAGED = """copy_async_wait<0>();
     sync_threads();
@@ -92,6 +93,8 @@ FAULTS = {
         Bug(JOINED, "sync_threads();  // the chunks before have been read", ""),
         "depthwise_conv_norm:4:bfloat16",
     ),
+    "queries staged over keys": race("live-buffer overwrite", Bug(WINDOW, "sync_threads();  // those before have been read", ""), WINDOWS),
+    "two warps on one sum of the table": race("missing barrier", Bug(WINDOW, "            if (p.dtable) sync_threads();\n", ""), WINDOWS),
     "32-bit offset of a row": Fault(
         "int32 offset",
         Bug(TAIL, "offset = row * p.C + tile.channel;\n    const bool in", "offset = int(row * p.C + tile.channel);\n    const bool in"),

@@ -18,11 +18,12 @@ from fastconv import ops, use_backend
 from fastconv.models.convnext import ConvNeXt
 from fastconv.ops._registry import OPS as ALL_OPS
 from fastconv.ops._registry import hub, select
-from fastconv.testing import CASES, Case, RawCalls, check_op, make_inputs, poisoned, run
+from fastconv.testing import CASES, Case, RawCalls, check_op, dtypes_of, make_inputs, poisoned, run
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OPS = sorted(op for op, backends in ALL_OPS.items() if "cuda" in backends)
 every_op = pytest.mark.parametrize("op", OPS)
+every_op_and_dtype = pytest.mark.parametrize(("op", "dtype"), [(op, dtype) for op in OPS for dtype in dtypes_of(op, "cuda")], ids=str)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 every_order = pytest.mark.parametrize("order", ORDERS)
 
@@ -57,13 +58,12 @@ def same_bits(left: dict, right: dict) -> None:
 @pytest.mark.parametrize("case", [c for op in OPS for c in CASES[op]], ids=lambda case: f"{case.op}-{case}")
 def test_values_and_gradients(case, order):
     with simulated() as simulator, simulator.settings(order=order):
-        for dtype in DTYPES:
+        for dtype in dtypes_of(case.op, "cuda"):
             if dtype in case.dtypes:
                 check_op(case, dtype, "cuda")
 
 
-@every_op
-@every_dtype
+@every_op_and_dtype
 def test_same_bits_in_every_order(op, dtype):
     """Sums are ordered by the shape alone: not by threads, nor by which blocks run first."""
     inputs = make_inputs(small(op, 3, 17, 9, 72), dtype)
@@ -127,8 +127,7 @@ def test_opcheck(op):
     assert seen == set(hub(op).SCHEMAS)
 
 
-@every_op
-@every_dtype
+@every_op_and_dtype
 def test_views_that_start_anywhere(op, dtype):
     """A contiguous view may start on any element, which vector accesses cannot take."""
 
@@ -205,12 +204,12 @@ def test_a_patched_model_runs_on_the_kernels():
 
 def chosen(largest: int) -> list[str]:
     """Cases of at most so many elements, each in one dtype in turn, as check.py takes them."""
-    names = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
+    dtypes = {op: dtypes_of(op, "cuda") for op in OPS}
+    cases = [(op, i, case, dtypes[op][i % len(dtypes[op])]) for op in OPS for i, case in enumerate(CASES[op])]
     return [
-        f"{op}:{i}:{names[i % 3]}"
-        for op in OPS
-        for i, case in enumerate(CASES[op])
-        if 0 < math.prod(case.shape) <= largest and DTYPES[i % 3] in case.dtypes
+        f"{op}:{i}:{str(dtype).removeprefix('torch.')}"
+        for op, i, case, dtype in cases
+        if 0 < math.prod(case.shape) <= largest and dtype in case.dtypes
     ]
 
 

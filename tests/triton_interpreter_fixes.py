@@ -10,6 +10,9 @@ from triton.runtime import interpreter
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, ReduceOps, TensorHandle
 
 _allowed = np.empty((0, 2), np.uint64)  # [first, past the last) address of each tensor argument of the running kernel
+accesses: list[tuple[np.ndarray, int]] | None = (
+    None  # addresses of the elements that loads and stores touch, and their size, while it is a list
+)
 
 
 def float_to_bf16(values: np.ndarray) -> np.ndarray:
@@ -30,6 +33,8 @@ def span(tensor) -> int:
 
 def check_addresses(pointers: np.ndarray, mask: np.ndarray, size: int, what: str) -> None:
     addresses = pointers[np.broadcast_to(mask, pointers.shape)].astype(np.uint64).ravel()
+    if accesses is not None:
+        accesses.append((addresses, size))
     inside = (addresses[:, None] >= _allowed[:, 0]) & (addresses[:, None] + np.uint64(size) <= _allowed[:, 1])
     if not inside.any(1).all():
         raise IndexError(f"{what} outside of every tensor argument: {int((~inside.any(1)).sum())} of {addresses.size} lanes")

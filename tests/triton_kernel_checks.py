@@ -4,6 +4,7 @@
 import importlib.util
 import os
 import pathlib
+import re
 import sys
 
 import numpy as np
@@ -137,16 +138,56 @@ def test_any_one_gradient(op):
             assert [(f.shape, f.stride(), f.dtype) for f in fakes] == [(r.shape, r.stride(), r.dtype) for r in results]
 
 
-@pytest.mark.parametrize(("window", "head_dim"), (((17, 16), 16), ((2, 2), 136)), ids=str)
-def test_windows_and_heads_too_large_for_a_program(window, head_dim, monkeypatch):
+TOO_LARGE = {(17, 16, 16): "windows of 256 tokens at most, got (17, 16)", (2, 2, 136): "a head_dim of 128 at most, got 136"}
+
+
+@pytest.mark.parametrize("sizes", TOO_LARGE, ids=str)
+def test_windows_and_heads_too_large_for_a_program(sizes, monkeypatch):
     """Forced, an error that names the limits; chosen automatically, the reference."""
-    case = small("window_attention", 1, 3, 3, head_dim, window=window, shift=(1, 1))
+    *window, head_dim = sizes
+    case = small("window_attention", 1, 3, 3, head_dim, window=tuple(window), shift=(1, 1))
     inputs = make_inputs(case, torch.float32)
-    with pytest.raises(RuntimeError, match=r"'triton' was asked for and cannot run: windows of 256 tokens and a head_dim of 128 at most"):
+    with pytest.raises(RuntimeError, match=re.escape(f"'triton' was asked for and cannot run: {TOO_LARGE[sizes]}")):
         on_triton("window_attention", inputs)
     monkeypatch.setitem(_registry.ORDER, "cpu", ("triton",))
     assert ops.select("window_attention", *inputs.tensors.values()).backend == "triton"
     same_bits(run(ops.window_attention, inputs), run(hub("window_attention").reference, inputs))
+
+
+@pytest.mark.parametrize("side", (7, 8))
+def test_bytes_of_window_attention(side, monkeypatch):
+    """Of the maps each pass moves every element once, in float16 8 and 14 bytes a token and channel, and of the sums over windows of the
+    gradient of the bias a program's first window writes them and the others read and write them: no more."""
+    heads, D, N = 2, 32, side * side
+    case = Case(
+        "window_attention", (1, 3 * side, 2 * side, heads * D), heads=heads, window=(side, side), shift=(3, 3), without=("pad_bias",)
+    )
+    inputs = make_inputs(case, torch.float16)
+    monkeypatch.setattr(_common, "MAX_SLICES", 2)  # three windows to a program, as large batches have
+    counts = []
+    launch = window_attention.launch
+
+    def counted(*args, **kwargs):
+        triton_interpreter_fixes.accesses = found = []
+        launch(*args, **kwargs)
+        triton_interpreter_fixes.accesses = None
+        counts.append(found)
+
+    monkeypatch.setattr(window_attention, "launch", counted)
+    on_triton("window_attention", inputs)
+    elements = inputs.dout.numel()
+    halves, floats = ([sum(a.size * size for a, size in found if size == s) for found in counts[:2]] for s in (2, 4))
+    assert [n / elements for n in halves] == [8, 14]
+    # Beside them the table, and the sums of 6 windows in 2 slices: written 6 times, read 4 times.
+    table = 6 * heads * N * N * 4
+    small = 2 * heads * (1 + 3 * D) * 4
+    assert floats[0] == table + floats_of_scale(heads)
+    assert floats[1] == table + 10 * heads * N * N * 4 + small + floats_of_scale(heads)
+
+
+def floats_of_scale(heads: int) -> int:
+    """logit_scale: once a program, of which a head has two."""
+    return 2 * heads * 4
 
 
 def _fake(func, args):

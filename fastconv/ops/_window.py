@@ -5,11 +5,16 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from . import _registry
 from ._checks import check_device, check_float, names, without_autocast
-from ._registry import FLOAT_DTYPES
+from ._function import constant_when_traced
+from ._registry import FLOAT_DTYPES, Choice
 
 OP = "window_attention"
 ORDERS = ("roll_pad", "pad_roll")
+HEAD_DIM = 128  # the most that the kernels of a GPU take
+TRITON_TOKENS, CUDA_SIDE = 256, 24  # of a window: a Triton program holds it whole; patches of a side that the CUDA kernels number
+CUDA_FIRST = 144  # tokens from which on the CUDA kernels are the first choice: Triton's of 7x7 and 8x8 have them all in registers
 
 
 def check(qkv, window, shift, bias_table, logit_scale, pad_bias, scale, order, compute_dtype) -> torch.dtype:
@@ -56,6 +61,45 @@ def check(qkv, window, shift, bias_table, logit_scale, pad_bias, scale, order, c
     if torch.float64 in involved and len(involved) > 1:
         raise TypeError(f"{OP}: float64 cannot be mixed with other dtypes, got {names(sorted(involved, key=str))}; convert all of them")
     return dtype
+
+
+def choose(x: torch.Tensor, others, window: tuple[int, int], head_dim: int, dtype: torch.dtype) -> Choice:
+    """The backend of a call: by device and dtypes as for every op, then by what the kernels of a GPU take. `x` is on its device."""
+    choice = _registry.select(OP, x, *others)
+    if choice.backend not in ("cuda", "triton"):
+        return choice
+    order = ("cuda", "triton") if window[0] * window[1] >= CUDA_FIRST else ("triton", "cuda")
+    dtypes, reasons = tuple(t.dtype for t in (x, *others) if t is not None), []
+    for backend in (choice.backend,) if _registry.is_forced() else order:
+        reason = _registry.missing(OP, backend, x.device, dtypes) or _unserved(backend, x.device, window, head_dim, dtype)
+        if not reason:
+            return Choice(backend)
+        reasons.append(f"{backend}: {reason}")
+    if _registry.is_forced():
+        _registry.unable(OP, choice.backend, reason)
+    return Choice("eager", "; ".join(reasons))
+
+
+def _unserved(backend: str, device: torch.device, window: tuple[int, int], head_dim: int, dtype: torch.dtype) -> str:
+    """Why the kernels do not take a call of these sizes, or ""."""
+    if head_dim > HEAD_DIM:
+        return f"a head_dim of {HEAD_DIM} at most, got {head_dim}"
+    if backend == "triton":
+        return f"windows of {TRITON_TOKENS} tokens at most, got {window}" if window[0] * window[1] > TRITON_TOKENS else ""
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"tensor cores take bfloat16 and float16, got {names([dtype])}"
+    if max(window) > CUDA_SIDE:
+        return f"windows of {CUDA_SIDE} x {CUDA_SIDE} tokens at most, got {window}"
+    if device.type == "cuda" and not _fits(*window, head_dim, torch.cuda.get_device_properties(device).shared_memory_per_block_optin):
+        return f"the shared memory of a block of this GPU is too small for windows of {window} and a head_dim of {head_dim}"
+    return ""
+
+
+@constant_when_traced
+def _fits(wh: int, ww: int, head_dim: int, shared: int) -> bool:
+    from fastconv import _C
+
+    return _C.cuda_window_plan(wh, ww, head_dim, True, shared)[0] > 0
 
 
 def pair(name: str, size) -> tuple[int, int]:

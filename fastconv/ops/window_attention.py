@@ -7,11 +7,8 @@ import torch
 from . import _registry
 from ._checks import dense
 from ._function import first_order_only, needs_grad
-from ._window import OP, check, pair
+from ._window import OP, check, choose, pair
 from ._window import reference as reference
-
-TRITON_TOKENS, TRITON_HEAD_DIM = 256, 128  # of a window and head: the most that one program holds
-
 
 # Raw ops. q, k, v: (B, H, W, heads, head_dim) of any strides but the last, which is 1; pad (3, heads, head_dim) has their dtype,
 # table, logit_scale (heads,) and the gradients of all three the accumulation type. Without logit_scale the factor is scale.
@@ -47,7 +44,7 @@ _registry.define(
         "window_attention_fwd": lambda q, k, v, t, s, p, wh, ww, *args, **kwargs: flops(q, wh, ww, products=2),
         "window_attention_bwd": lambda dy, q, k, v, t, s, p, wh, ww, *args, **kwargs: flops(q, wh, ww, products=5),
     },
-    backends=("cpu", "triton"),
+    backends=("cpu", "cuda", "triton"),
 )
 
 
@@ -138,10 +135,8 @@ def window_attention(
     dtype = check(qkv, window, shift, bias_table, logit_scale, pad_bias, scale, order, compute_dtype)
     parts = (qkv, None, None) if isinstance(qkv, torch.Tensor) else tuple(qkv)
     others = (bias_table, logit_scale, pad_bias)
-    backend, head_dim = _registry.select(OP, parts[0], *others).backend, parts[0].shape[-1]
-    if backend == "triton" and (window[0] * window[1] > TRITON_TOKENS or head_dim > TRITON_HEAD_DIM):
-        limits = f"windows of {TRITON_TOKENS} tokens and a head_dim of {TRITON_HEAD_DIM} at most, got {window} and {head_dim}"
-        backend = _registry.unable(OP, backend, limits)
+    head_dim = parts[0].shape[-1]
+    backend = choose(parts[0], others, window, head_dim, dtype).backend
     if backend in ("eager", "native") or parts[0].numel() == 0:
         options = dict(scale=scale, logit_scale=logit_scale, pad_bias=pad_bias, order=order, mask_value=mask_value, compute_dtype=dtype)
         return reference(qkv, window, shift, bias_table, **options)

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..ops import select, window_attention
-from ..ops.window_attention import TRITON_HEAD_DIM, TRITON_TOKENS, reference
+from ..ops import Choice, _window, window_attention
+from ..ops.window_attention import reference
 from ._graph import Unsupported
 from ._module import PLAIN, FastModule, Kinds, bypass_reason, child_at, unwrapped
 from ._run_body import autocast_dtype, parameter_reason
@@ -133,9 +133,6 @@ def call_reason(module: FastModule, layout: AttentionLayout, x: torch.Tensor, H:
     (wh, ww), _, _ = parts.geometry(module, H, W)
     if _positions(module, layout) != (2 * wh - 1) * (2 * ww - 1):
         return "the window is not the one that the relative positions are for"
-    large = wh * ww > TRITON_TOKENS or _head_dim(module, layout, holder) > TRITON_HEAD_DIM
-    if large and select(OP, x).backend == "triton":
-        return f"the Triton kernel takes windows of {TRITON_TOKENS} tokens and a head_dim of {TRITON_HEAD_DIM} at most"
     dtypes = set()
     for name, child in [("attention", holder), ("attention", _table(module, parts)), *((p, at(module, p)) for p in _linears(parts))]:
         for parameter in child._parameters.values():
@@ -151,6 +148,13 @@ def call_reason(module: FastModule, layout: AttentionLayout, x: torch.Tensor, H:
     if autocast_dtype(x) is None:
         return "" if dtypes <= {x.dtype} else "the input and the parameters of the attention have different dtypes"
     return "autocast does not cast float64" if torch.float64 in (*dtypes, x.dtype) else ""
+
+
+def choose(module: FastModule, layout: AttentionLayout, x: torch.Tensor, H: int, W: int) -> Choice:
+    """What runs the op on this input, a map of H x W."""
+    parts = layout.parts
+    window, _, _ = parts.geometry(module, H, W)
+    return _window.choose(x, (), window, _head_dim(module, layout, at(module, parts.holder)), autocast_dtype(x) or x.dtype)
 
 
 def _head_dim(module: nn.Module, layout: AttentionLayout, holder: nn.Module) -> int:

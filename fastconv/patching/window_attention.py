@@ -13,11 +13,11 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from ..ops import is_disabled
-from ._attention import OP, AttentionLayout, Parts, Window, attend, call_reason, pair, plain, read_attention
+from ..ops import Choice, is_disabled
+from ._attention import OP, AttentionLayout, Parts, Window, attend, call_reason, choose, pair, plain, read_attention
 from ._block import _exporting
 from ._graph import Unsupported
-from ._module import FastModule, choose
+from ._module import FastModule, settle
 from ._rule import Rule
 
 OTHER_ARGUMENTS = "called with other arguments than one tensor"
@@ -36,7 +36,9 @@ class FastAttention(FastModule):
             return original(*args, **kwargs)
         layout = self._fastconv.layout
         reason, x, H, W = self._located(args, kwargs)
-        if choose(self, OP, reason or call_reason(self, layout, x, H, W), x):
+        reason = reason or call_reason(self, layout, x, H, W)
+        choice = Choice("eager", reason) if reason else choose(self, layout, x, H, W)
+        if settle(self, OP, choice) != "eager":
             return self.run(self, layout, *args, **kwargs)
         return original(*args, **kwargs)
 

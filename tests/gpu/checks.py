@@ -19,12 +19,11 @@ import torch
 import fastconv
 from fastconv import ops, use_backend
 from fastconv.ops._registry import OPS
-from fastconv.testing import CASES, Case, check_not_finite, check_op, make_inputs, run
+from fastconv.testing import CASES, Case, check_not_finite, check_op, dtypes_of, make_inputs, run
 
 from . import RECORDED
 
 BACKENDS = ("cuda", "triton")
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 STAGES = ((56, 96), (28, 192), (14, 384), (7, 768))  # of ConvNeXt-T at 224 x 224 pixels, as (H = W, C)
 BATCH = 8
 HUGE_BYTES = 60 << 30  # what the tensors of `huge` take, and room
@@ -69,8 +68,10 @@ def own_bits(backends: tuple[str, ...]) -> list[tuple[str, str]]:
 def contract_calls(device: str, backends: tuple[str, ...]) -> Iterator[Call]:
     """Every case of every op in every dtype, empty batches among them; then NaN and Inf in every tensor."""
     for op, backend in pairs(backends):
-        yield from ((check_op, (c, d, backend, device)) for c in CASES[op] for d in DTYPES if d in c.dtypes)
+        yield from ((check_op, (c, d, backend, device)) for c in CASES[op] for d in dtypes_of(op, backend) if d in c.dtypes)
         for K, dtype in itertools.product((5, 7, 9) if op.startswith("depthwise_conv") else (7,), (torch.bfloat16, torch.float32)):
+            if dtype not in dtypes_of(op, backend):
+                continue
             case = Case(op, (2, 9, 11, 20), K=K)
             inputs = make_inputs(case, dtype)
             names = [name for name in (*inputs.tensors, "dout") if name not in inputs.constant]
@@ -88,18 +89,22 @@ def real_case(op: str, batch: int, size: int, C: int) -> Case:
         return Case(op, (batch, size, size, 4 * C), act="gelu")
     if op == "grouped_conv":
         return Case(op, (batch, size, size, C), K=3, width=16)
+    if op == "window_attention":
+        return Case(op, (batch, size, size, C), heads=max(1, C // 32), window=(7, 7), shift=(3, 3), without=("logit_scale",))
     return Case(op, (batch, size, size, C))
 
 
 def shapes(device: str = "cuda", backends: tuple[str, ...] = BACKENDS, batch: int = BATCH, stages=STAGES) -> int:
     """The op contract at the sizes of ConvNeXt-T."""
     cases = [(real_case(op, batch, size, C), backend) for size, C in stages for op, backend in pairs(backends)]
-    return in_processes([(check_op, (case, dtype, backend, device)) for case, backend in cases for dtype in DTYPES])
+    return in_processes([(check_op, (case, dtype, backend, device)) for case, backend in cases for dtype in dtypes_of(case.op, backend)])
 
 
 def real_calls(device: str, backends, batch: int = BATCH, stages=STAGES, dtypes=(torch.bfloat16,)):
     """Forward and backward of each op at the sizes of ConvNeXt-T: (label, inputs, call)."""
     for (op, backend), (size, C), dtype in itertools.product(own_bits(backends), stages, dtypes):
+        if dtype not in dtypes_of(op, backend):
+            continue
         inputs = make_inputs(real_case(op, batch, size, C), dtype, device)
 
         def call(op=op, inputs=inputs, backend=backend):
@@ -155,7 +160,7 @@ def second_gpu() -> int:
     if torch.cuda.device_count() < 2:
         print("one GPU: nothing was run on cuda:1")
         return RECORDED
-    calls = [(check_op, (CASES[op][2], dtype, backend, "cuda:1")) for op, backend in pairs(BACKENDS) for dtype in DTYPES]
+    calls = [(check_op, (CASES[op][2], dtype, backend, "cuda:1")) for op, backend in pairs(BACKENDS) for dtype in dtypes_of(op, backend)]
     errors = [error for error in map(attempt, calls) if error]
     print(*errors, f"{len(calls) - len(errors)} of {len(calls)} calls right", sep="\n")
     return int(bool(errors))

@@ -185,11 +185,12 @@ def conversions(run: Machine) -> dict[str, Seen]:
     bits, back = full(2, n, dtype=torch.int16), full(3, n)
     run("conversions", x, bits, back, n)
     partner = x[torch.randperm(n)]
-    pairs, out = full(3, n, dtype=torch.int32), full(5, n)
+    pairs, out = full(3, n, dtype=torch.int32), full(6, n)
     run("arithmetic", x, partner, pairs, out, n)
     wide = full(2, 1 << 16)
     run("widen", wide)
     normal = x.abs() < 100  # powers that are no denormals
+    near_one = (x > 0.5) & (x < 2)
     special = ~(x.isfinite() & (x.abs() >= torch.finfo(torch.float32).smallest_normal) & (x > 0))
     return {
         "float to bf16": Seen(bits[0].view(torch.bfloat16)),
@@ -209,6 +210,9 @@ def conversions(run: Machine) -> dict[str, Seen]:
         "exp2": Seen(out[3][normal], ulps=3),  # 2 of the hardware's, 1 of the simulator's
         "exp2 of NaN, Inf, what is far from 0": Seen(out[3][~normal], ulps=3),
         "reciprocal": Seen(out[4], ulps=2),
+        "log2": Seen(out[5][~special & ~near_one], ulps=3),
+        "log2 near 1": Seen(out[5][near_one], judged=False),  # where its error is absolute
+        "log2 of zero, NaN, Inf, negatives, denormals": Seen(out[5][special], ulps=3),
     }
 
 

@@ -48,12 +48,15 @@ def run_ours() -> None:
         ((2, 9, 15, 33), (3, 14, 8, 96), (1, 28, 28, 96), (1, 112, 112, 96)), ((), (("data_format", "NCHW"),))
     ):
         cases.append(Case("squeeze_excite", shape, act="silu", reduced=9, options=options))
-    for case in cases:
-        for dtype in (torch.bfloat16, torch.float32):
-            with use_backend("cuda"):
-                run(getattr(ops, case.op), make_inputs(case, dtype, "cuda"))
-            torch.cuda.synchronize()
-    print(f"{2 * len(cases)} calls ran")
+    calls = [(case, dtype) for case in cases for dtype in (torch.bfloat16, torch.float32)]
+    # A patch that is whole, and windows that end inside of one; several warps, passes, and channels in fours.
+    windows = ((1, 4, 8, 32), 1, (4, 4)), ((2, 5, 7, 22), 2, (3, 2)), ((1, 13, 25, 64), 2, (12, 12)), ((1, 9, 8, 72), 1, (7, 5))
+    calls += [(Case("window_attention", shape, heads=heads, window=w, shift=(1, 1)), torch.bfloat16) for shape, heads, w in windows]
+    for case, dtype in calls:
+        with use_backend("cuda"):
+            run(getattr(ops, case.op), make_inputs(case, dtype, "cuda"))
+        torch.cuda.synchronize()
+    print(f"{len(calls)} calls ran")
 
 
 def found(output: str) -> int | None:

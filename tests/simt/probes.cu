@@ -258,7 +258,7 @@ __global__ void widen_kernel(float* out) {
     store_global(out + (1 << 16) + i, to_float(fp16{static_cast<uint16_t>(i)}));
   }
 }
-// Of a and b: both in bfloat16, both in float16; a's bits, its inverse root, its root, a b + a in one rounding, 2^a, 1 / a.
+// Of a and b: both in bfloat16, both in float16; a's bits, its inverse root, its root, a b + a in one rounding, 2^a, 1 / a, log2 of a.
 __global__ void arithmetic_kernel(const float* a, const float* b, uint32_t* pairs, float* out, int n) {
   for (int i = threadIdx.x; i < n; i += kWarp) {
     const float v = load_global<float>(a + i), w = load_global<float>(b + i);
@@ -270,6 +270,7 @@ __global__ void arithmetic_kernel(const float* a, const float* b, uint32_t* pair
     store_global(out + 2 * n + i, fmaf(v, w, v));
     store_global(out + 3 * n + i, exp2(v));
     store_global(out + 4 * n + i, reciprocal(v));
+    store_global(out + 5 * n + i, log2(v));
   }
 }
 __global__ void wide_shuffles_kernel(const double* in, double* out) {

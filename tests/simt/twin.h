@@ -60,6 +60,7 @@ inline uint32_t to_tf32(float v) {
 inline float rsqrt(float v) { return 1 / std::sqrt(v); }
 inline float flushed(float v) { return std::abs(v) < 0x1p-126f ? std::copysign(0.0f, v) : v; }
 inline float exp2(float v) { return flushed(std::exp2(flushed(v))); }
+inline float log2(float v) { return std::log2(flushed(v)); }
 inline float reciprocal(float v) { return flushed(1 / flushed(v)); }
 
 template <class V> V load_word(Space space, const void* p, bool in, Site site) {
