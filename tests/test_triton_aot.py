@@ -82,7 +82,8 @@ def launches(op: str, C: int, K: int, dtype: str) -> list:
             squeeze_excite.bwd(y, maps, w1, w2, *saved, 1, gate, channels_last, True, True, True)
     elif op == "depthwise_conv_norm":
         y, z, mean, rstd = depthwise_conv_norm.fwd(x, weight, vector, vector, vector, 1e-6, dtype, dtype, True)
-        depthwise_conv_norm.bwd(y, x, weight, vector, z, mean, rstd, True, True, True)
+        for dshortcut in (None, x):
+            depthwise_conv_norm.bwd(y, x, weight, vector, z, mean, rstd, dshortcut, True, True, True)
     elif op == "global_response_norm":
         y, norm = global_response_norm.fwd(x.flatten(1, 2), vector, vector, 1e-6, 1, dtype, True)
         global_response_norm.bwd(y, x.flatten(1, 2), vector, norm, 1e-6, 1, True, True)

@@ -111,12 +111,12 @@ class DepthwiseConvNorm(torch.autograd.Function):
     @first_order_only(OP)
     def backward(ctx, saved, dy, dshortcut=None):
         if dy is None:
-            return (dshortcut, *(None,) * 10)
+            return (dshortcut, *(None,) * 9)
         need_dx, need_dweight, need_dbias, need_dgamma, need_dbeta = ctx.needs_input_grad[:5]
         bwd = _registry.raw("depthwise_conv_norm_bwd", ctx.backend)
         dshortcut = None if dshortcut is None or not need_dx else dshortcut.contiguous()
         grads = bwd(dy.contiguous(), *saved[:-1], dshortcut, need_dx, need_dweight or need_dbias, need_dgamma or need_dbeta)
-        return *(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad[:5])), *(None,) * 6
+        return *(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad[:5])), *(None,) * 5
 
 
 def depthwise_conv_norm(
