@@ -185,6 +185,20 @@ def test_bytes_of_window_attention(side, monkeypatch):
     assert floats[1] == table + 10 * heads * N * N * 4 + small + floats_of_scale(heads)
 
 
+SWINS = {7: ((56, 3), (28, 6), (14, 12), (7, 24)), 8: ((64, 3), (32, 6), (16, 12), (8, 24))}  # H = W and heads of T's stages
+
+
+@pytest.mark.parametrize("side", SWINS)
+def test_sums_over_windows_are_few(side):
+    """At batch 128 and 32 channels a head, partial sums of the gradient of the bias, written and read, are at most 0.15 of the 14 bytes
+    of a token and channel, and there are programs for every multiprocessor."""
+    for size, heads in SWINS[side]:
+        windows = 128 * (size // side) ** 2
+        slices = window_attention.slices_of(windows, heads, True)
+        assert 2 * slices * side**4 * 4 <= 0.15 * 14 * windows * side**2 * 32 and slices * heads >= 264, (size, slices)
+        assert window_attention.slices_of(windows, heads, False) >= slices
+
+
 def floats_of_scale(heads: int) -> int:
     """logit_scale: once a program, of which a head has two."""
     return 2 * heads * 4

@@ -13,6 +13,7 @@ from ._common import launch, reduce_partials
 
 # float32 on tensor cores, in three products: of full precision without one instruction for each product of scalars.
 PRECISION = tl.constexpr("tf32x3")
+FEW_PROGRAMS = 264  # two to each of an H200's multiprocessors
 
 
 def config(N: int, D: int, half: bool, backward: bool) -> dict:
@@ -22,9 +23,11 @@ def config(N: int, D: int, half: bool, backward: bool) -> dict:
     return {"BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, "BLOCK_D": BLOCK_D, "num_warps": 4 if half and BLOCK_N <= 64 else 8}
 
 
-def slices_of(windows: int, heads: int) -> int:
-    """Programs of a head; by the shape alone."""
-    return max(1, min(windows, _common.MAX_SLICES, _common.TARGET_PROGRAMS // heads))
+def slices_of(windows: int, heads: int, backward: bool) -> int:
+    """Programs of a head; by the shape alone. Backward each has a partial sum of N x N, whose bytes are a seventh of those of eight
+    windows at most: fewer windows have one only where programs would be few."""
+    most = max(triton.cdiv(windows, 8), FEW_PROGRAMS // heads) if backward else windows
+    return max(1, min(windows, most, _common.MAX_SLICES, _common.TARGET_PROGRAMS // heads))
 
 
 @triton.jit
@@ -338,7 +341,7 @@ def _arguments(q, k, v, wh, ww, sh, sw, pad_first, scale, mask_value, backward):
     """What both passes take after their tensors, the slices, and the constants of compilation."""
     B, H, W, heads, D = q.shape
     windows = B * triton.cdiv(H, wh) * triton.cdiv(W, ww)
-    slices = slices_of(windows, heads)
+    slices = slices_of(windows, heads, backward)
     strides = [stride for t in (q, k, v) for stride in t.stride()[:4]]
     constants = {"WH": wh, "WW": ww, "SH": sh, "SW": sw, "PAD_FIRST": pad_first, **config(wh * ww, D, q.element_size() == 2, backward)}
     return (*strides, windows, H, W, heads, D, slices, float(scale), float(mask_value)), slices, constants

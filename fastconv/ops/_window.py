@@ -13,7 +13,7 @@ from ._registry import FLOAT_DTYPES, Choice
 OP = "window_attention"
 ORDERS = ("roll_pad", "pad_roll")
 HEAD_DIM = 128  # the most that the kernels of a GPU take
-TRITON_TOKENS, CUDA_SIDE = 256, 24  # of a window: a Triton program holds it whole; patches of a side that the CUDA kernels number
+TRITON_TOKENS, CUDA_SIDE = 256, 24  # of a window: in all, which a Triton program holds whole; along a side, in shared memory
 CUDA_FIRST = 144  # tokens from which on the CUDA kernels are the first choice: Triton's of 7x7 and 8x8 have them all in registers
 
 
