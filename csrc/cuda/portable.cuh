@@ -185,7 +185,7 @@ FC_DEVICE void thread_fence() { __threadfence(); }
 
 // --- clusters: up to 16 blocks that run together and read each other's shared memory. Before sm_90 each has one block.
 
-// All threads of the cluster, and their shared-memory accesses so far. No block may exit while another still reads from it.
+// All threads of the cluster, and their accesses so far, to global memory too. No block may exit while another still reads from it.
 FC_DEVICE void sync_cluster() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");

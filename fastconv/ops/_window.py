@@ -90,15 +90,16 @@ def _unserved(backend: str, device: torch.device, window: tuple[int, int], head_
         return f"tensor cores take bfloat16 and float16, got {names([dtype])}"
     if max(window) > CUDA_SIDE:
         return f"windows of {CUDA_SIDE} x {CUDA_SIDE} tokens at most, got {window}"
-    if device.type == "cuda" and not _fits(*window, head_dim, torch.cuda.get_device_properties(device).shared_memory_per_block_optin):
+    if device.type == "cuda" and not _fits(*window, head_dim, device):
         return f"the shared memory of a block of this GPU is too small for windows of {window} and a head_dim of {head_dim}"
     return ""
 
 
 @constant_when_traced
-def _fits(wh: int, ww: int, head_dim: int, shared: int) -> bool:
+def _fits(wh: int, ww: int, head_dim: int, device: torch.device) -> bool:
     from fastconv import _C
 
+    shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
     return _C.cuda_window_plan(wh, ww, head_dim, True, shared)[0] > 0
 
 
