@@ -94,17 +94,17 @@ def backend_of(module: FastModule, op: str, reason: str, *tensors: torch.Tensor 
     if (op, "fused", "") not in module._fastconv.sites:
         return "eager"
     choice = Choice("eager", reason) if reason else select(op, *tensors)
-    settle(module, op, choice)
-    return choice.backend
+    return settle(module, op, choice)
 
 
-def settle(module: FastModule, op: str, choice: Choice) -> None:
-    """Count, warn or raise as `choose` does, for a choice that is made already."""
+def settle(module: FastModule, op: str, choice: Choice) -> str:
+    """Count, warn or raise as `choose` does, for a choice that is made already; its backend."""
     plan = module._fastconv
     if not torch.compiler.is_compiling():  # a counter would recompile every call, a warning would break the graph
         record(sites_of(module)[op], choice)
     if plan.strict and choice.backend == "eager" and choice.reason not in ASKED_FOR:
         raise RuntimeError(f"fastconv.patch(strict=True): {op} in {plan.base.__name__} cannot run fused: {choice.reason}")
+    return choice.backend
 
 
 def unwrapped(kind: type) -> type:

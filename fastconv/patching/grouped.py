@@ -113,8 +113,7 @@ class FastGroupedConv(FastModule):
         reason = _weight_reason(x, weight, bias, padding, compute_dtype)
         arguments = x, weight, bias, self.stride, padding, self.groups
         choice = Choice("eager", reason) if reason else _choice(*arguments, compute_dtype)
-        settle(self, OP, choice)
-        if choice.backend not in ("eager", "native"):
+        if settle(self, OP, choice) not in ("eager", "native"):
             return grouped_conv(*arguments, compute_dtype=compute_dtype)
         return F.conv2d(x, weight, bias, self.stride, padding, self.dilation, self.groups)
 
