@@ -1,5 +1,7 @@
 """How tests run models and compare them, patched and unpatched."""
 
+import itertools
+
 import torch
 from torch.utils._pytree import tree_leaves
 
@@ -38,6 +40,17 @@ def step(model, x, call=None):
     sum((t.double() * direction(t)).sum() for t in outputs).backward()
     gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     return [t.detach() for t in outputs], {**gradients, "input": x.grad}
+
+
+def steps(model, batches):
+    """`step` of several batches, taken together. Gradients of single numbers make one vector: of one number alone the error has
+    no rms, and eager's may be zero by chance."""
+    outputs, gradients = zip(*(step(model, x) for x in batches))
+    numbers = [n for n, g in gradients[0].items() if g.numel() == 1]
+    joined = {n: torch.stack([g[n] for g in gradients]) for n in gradients[0] if n not in numbers}
+    if numbers:
+        joined["single numbers"] = torch.stack([g[n].reshape(()) for g in gradients for n in numbers])
+    return list(itertools.chain(*outputs)), joined
 
 
 def direction(tensor):

@@ -1,7 +1,6 @@
 """Grouped convolutions, module by module: the contract of patch, which are ours, and which stay torch's own."""
 
 import copy
-import itertools
 import warnings
 
 import pytest
@@ -9,7 +8,7 @@ import timm
 import torch
 import torchvision
 from patch_contract import SingleProcessContract
-from patch_helpers import assert_agree, fast_blocks, randomise_, relative, step
+from patch_helpers import assert_agree, fast_blocks, randomise_, relative, step, steps
 from timm.layers import Conv2dSame, DropPath, ScaledStdConv2d, ScaledStdConv2dSame
 from torch import nn
 from torch.nn.utils import parametrize
@@ -156,17 +155,6 @@ MODELS = {
         1,
     ),
 }
-
-
-def steps(model, batches):
-    """`step` of several batches, taken together. Gradients of single numbers make one vector: of one number alone the error has
-    no rms, and eager's may be zero by chance."""
-    outputs, gradients = zip(*(step(model, x) for x in batches))
-    numbers = [n for n, g in gradients[0].items() if g.numel() == 1]
-    joined = {n: torch.stack([g[n] for g in gradients]) for n in gradients[0] if n not in numbers}
-    if numbers:
-        joined["single numbers"] = torch.stack([g[n].reshape(()) for g in gradients for n in numbers])
-    return list(itertools.chain(*outputs)), joined
 
 
 @pytest.mark.parametrize("name", MODELS)
