@@ -203,6 +203,11 @@ def fwd(x, weight, bias, out_dtype):
     return conv(x, weight, bias, out_dtype)
 
 
-def bwd(dy, x, weight, need_dx, need_dweight, dshortcut=None):
+def bwd(dy, x, weight, need_dx, need_dweight):
+    return gradients(dy, x, weight, None, need_dx, need_dweight)
+
+
+def gradients(dy, x, weight, dshortcut, need_dx, need_dweight):
+    """dx, with dshortcut in it where that is given, dweight and dbias."""
     dx = conv(dy, weight, None, x.dtype, flip=True, more=dshortcut) if need_dx else x.new_empty(0)
     return dx, *(wgrad(dy, x, weight) if need_dweight else (weight.new_empty(0), weight.new_empty(0)))

@@ -165,4 +165,4 @@ def bwd(dy, x, weight, norm_weight, z, mean, rstd, dshortcut, need_dx, need_dwei
         launch(depthwise_conv_norm_bwd_kernel, slices * blocks, x, *args, ONE_BLOCK=blocks == 1, **cfg)
         if need_dnorm:
             reduce_partials(partial, dnorm_weight, dnorm_bias)
-    return *depthwise_conv.bwd(dz, x, weight, need_dx, need_dweight, dshortcut), dnorm_weight, dnorm_bias
+    return *depthwise_conv.gradients(dz, x, weight, dshortcut, need_dx, need_dweight), dnorm_weight, dnorm_bias
