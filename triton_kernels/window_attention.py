@@ -16,10 +16,13 @@ PRECISION = tl.constexpr("tf32x3")
 FEW_PROGRAMS = 264  # two to each of an H200's multiprocessors
 
 
-def config(N: int, D: int, half: bool, backward: bool) -> dict:
-    """Tile of a program. By registers, not yet measured on a GPU: float32 and windows of more than 64 tokens spill some."""
+def config(N: int, D: int, half: bool, crowded: bool) -> dict:
+    """Tile of a program. By registers, not yet measured on a GPU: float32 and windows of more than 64 tokens spill some.
+
+    `crowded`: a query takes more registers, backward or with its norm.
+    """
     BLOCK_N, BLOCK_D = (max(16, triton.next_power_of_2(size)) for size in (N, D))
-    BLOCK_M = 32 if half and not backward and 16 < BLOCK_N <= 64 else 16
+    BLOCK_M = 32 if half and not crowded and 16 < BLOCK_N <= 64 else 16
     return {"BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, "BLOCK_D": BLOCK_D, "num_warps": 4 if half and BLOCK_N <= 64 else 8}
 
 
@@ -337,13 +340,14 @@ def window_attention_fold_kernel(
     tl.store(dtable + position * heads + head, total, mask=position < (2 * WH - 1) * (2 * WW - 1))
 
 
-def _arguments(q, k, v, wh, ww, sh, sw, pad_first, scale, mask_value, backward):
+def _arguments(q, k, v, logit_scale, wh, ww, sh, sw, pad_first, scale, mask_value, backward):
     """What both passes take after their tensors, the slices, and the constants of compilation."""
     B, H, W, heads, D = q.shape
     windows = B * triton.cdiv(H, wh) * triton.cdiv(W, ww)
     slices = slices_of(windows, heads, backward)
     strides = [stride for t in (q, k, v) for stride in t.stride()[:4]]
-    constants = {"WH": wh, "WW": ww, "SH": sh, "SW": sw, "PAD_FIRST": pad_first, **config(wh * ww, D, q.element_size() == 2, backward)}
+    tile = config(wh * ww, D, q.element_size() == 2, backward or logit_scale is not None)
+    constants = {"WH": wh, "WW": ww, "SH": sh, "SW": sw, "PAD_FIRST": pad_first, **tile}
     return (*strides, windows, H, W, heads, D, slices, float(scale), float(mask_value)), slices, constants
 
 
@@ -351,7 +355,7 @@ def fwd(q, k, v, table, logit_scale, pad, wh, ww, sh, sw, pad_first, scale, mask
     B, H, W, heads, D = q.shape
     y = q.new_empty((B, H, W, heads * D))
     if q.numel() > 0:
-        args, slices, constants = _arguments(q, k, v, wh, ww, sh, sw, pad_first, scale, mask_value, False)
+        args, slices, constants = _arguments(q, k, v, logit_scale, wh, ww, sh, sw, pad_first, scale, mask_value, False)
         launch(window_attention_fwd_kernel, slices * heads, q, q, k, v, table, logit_scale, pad, y, *args, **constants)
     return y
 
@@ -366,7 +370,7 @@ def bwd(dy, q, k, v, table, logit_scale, pad, wh, ww, sh, sw, pad_first, scale, 
     )
     if q.numel() == 0:
         return dqkv, dtable.zero_(), dlogit_scale.zero_(), dpad.zero_()
-    args, slices, constants = _arguments(q, k, v, wh, ww, sh, sw, pad_first, scale, mask_value, True)
+    args, slices, constants = _arguments(q, k, v, logit_scale, wh, ww, sh, sw, pad_first, scale, mask_value, True)
     partial = None if table is None else dtable.new_empty((slices, 1, heads * N * N))
     small = dtable.new_empty((slices, 1, heads * (1 + 3 * D)))
     launch(window_attention_bwd_kernel, slices * heads, q, dy, q, k, v, table, logit_scale, pad, dqkv, partial, small, *args, **constants)
