@@ -32,7 +32,7 @@ STAGES = (
     Stage("lint", 0.5),
     Stage("cuda", 14, ("test_cuda*.py", "test_simt*.py", "test_geometry.py")),  # the longest begins first
     Stage("ops", 7.5),  # op contract, hubs, CPU kernels, and every file that no other stage names
-    Stage("triton", 6.5, ("test_triton*.py",)),
+    Stage("triton", 7, ("test_triton*.py",)),
     Stage("patch", 8, ("test_patch*.py", "test_convergence*.py")),
     Stage("models", 6, ("test_models*.py", "test_cli*.py", "test_demo*.py", "test_distillation.py")),
     Stage("build", 4, ("test_build.py",)),

@@ -92,7 +92,8 @@ __global__ void __launch_bounds__(2 * kMmaThreads, 1) depthwise_conv_norm_mma_fw
     sync_threads();
     keep_centre<T>(p.conv.y, s, g.conv, at, places, c0, planes, z);
   }
-  sync_threads();  // z is whole, and the planes have been read
+  // The norm's weights lie over the pairs, which have been read; behind the barrier that they wait for z is whole.
+  static_assert(2 * kSegment<8> * sizeof(float) <= kMmaChannels * K * kMmaPairs * 4 && kSegment<4> <= kSegment<8>);
   const auto place = [&](int inside) {
     const int m = inside / (kRows * kMmaColumns), rest = inside - m * kRows * kMmaColumns;
     const auto strip = load_shared<Vec<int, 4>>(places + 4 * m);
