@@ -33,7 +33,7 @@ def test_window_attention(model, site, pytestconfig, race, clock, bandwidth):
             pytest.skip("one site is enough")
         size, C, window, heads = 6, 16, 4, 2
     if model.endswith("384") and not clock.cuda:
-        pytest.skip("for the tensor cores' kernels")
+        pytest.skip("images of 384 pixels: timed on a GPU, where windows of 12 and more have a kernel of their own")
     batch = 2 if option("--smoke") else option("--batch-size") or (128 if clock.cuda else 8)
     dtype = torch.bfloat16 if clock.cuda else torch.float32
     shift = window // 2 if size > window else 0
