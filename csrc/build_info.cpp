@@ -1,5 +1,8 @@
 // fastconv._C: build facts, work splits, byte and FLOP counts for Python. No torch.
 #include <pybind11/pybind11.h>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 #include "geometry.h"
 #include "window_geometry.h"
@@ -18,11 +21,20 @@ const char* cpu_vendor() {
   return "other";
 }
 
+int64_t cpu_family() {
+#if defined(__x86_64__)
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (__get_cpuid(1, &a, &b, &c, &d)) return (a >> 8 & 15) + ((a >> 8 & 15) == 15 ? a >> 20 & 255 : 0);
+#endif
+  return 0;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Build facts and geometry: the numbers that the kernels use, for tests and benchmarks.";
   m.def("cpu_vendor", &cpu_vendor, "\"amd\", \"intel\" or \"other\": whose processor this is.");
+  m.def("cpu_family", &cpu_family, "Its family by cpuid, 0 where there is none: 25 is AMD's Zen 3 and 4, 26 Zen 5.");
   m.def("build_info", [] {
     py::dict facts;
     facts["compiler"] = FASTCONV_COMPILER;

@@ -24,13 +24,17 @@ from transformers import ConvNextV2Config, ConvNextV2Model
 
 import fastconv
 from fastconv.ops import _linear
+from fastconv.ops.gelu_linear import reference
 from fastconv.testing import assert_matches
+
+GELU_LINEAR = sys.modules["fastconv.ops.gelu_linear"]  # `fastconv.ops.gelu_linear` is its function
 
 
 @pytest.fixture(autouse=True)
 def at_any_size(monkeypatch, one_thread):
     """As on a processor that prefers convolutions, and on more threads than the tests take; no tensor is too small."""
     monkeypatch.setattr(_linear, "PREFERS_CONVOLUTION", True)
+    monkeypatch.setattr(_linear, "PREFERS_WEIGHT_PRODUCTS", False)
     monkeypatch.setattr(_linear, "_threads", lambda: 2)
     for bound in ("MIN_ROWS", "MIN_PRODUCTS"):
         monkeypatch.setattr(_linear, bound, 0)
@@ -117,6 +121,96 @@ def test_wide_and_narrow_over_many_rows():
     for name, a, e, t in zip(("out", "dx", "dweight", "dbias"), actual, eager, truth, strict=True):
         assert_matches(a, e, t, grad=name != "out", dtype=torch.float32, name=name)
     assert actual[0].is_contiguous()
+
+
+@pytest.mark.parametrize(
+    ("rows", "inputs", "outputs", "product"),
+    [(64, 8, 4, False), (63, 8, 4, True), (64, 4, 8, True), (64, 8, 8, False), (64, 9, 8, True), (64, 80, 4, True)],
+)
+def test_weight_gradients_by_products(monkeypatch, rows, inputs, outputs, product):
+    """Where MKL's code is as wide as oneDNN's: few rows, more outputs than inputs, a large weight. The last is not transposed."""
+    monkeypatch.setattr(_linear, "PREFERS_WEIGHT_PRODUCTS", True)
+    for bound, value in (("MIN_WEIGHT_ROWS", 64), ("MAX_WEIGHT", 64), ("MAX_TRANSPOSED", 300)):
+        monkeypatch.setattr(_linear, bound, value)
+    g = torch.Generator().manual_seed(0)
+    x, weight, dy = (torch.randn(s, generator=g) for s in ((rows, inputs), (outputs, inputs), (rows, outputs)))
+    with Calls() as calls:
+        dx, dweight = _linear.gradients(dy, x, weight, True, True)
+    assert (torch.ops.aten.mm in calls.seen) is product
+    assert dweight.is_contiguous()
+    torch.testing.assert_close(dx, dy @ weight)
+    torch.testing.assert_close(dweight, dy.t() @ x)
+    leaves = [t.double().requires_grad_() for t in (x, weight)]
+    assert torch.autograd.gradcheck(lambda *t: _linear.as_convolution(*t, None), leaves)
+
+
+def swin_block(library):
+    """A block of an 8 x 8 map with 2 heads of 4 channels, shifted windows of 4."""
+    if library == "timm":
+        from timm.models.swin_transformer import SwinTransformerBlock
+
+        return SwinTransformerBlock(8, (8, 8), 2, window_size=4, shift_size=2, always_partition=True)
+    from torchvision.models.swin_transformer import SwinTransformerBlock
+
+    return SwinTransformerBlock(8, 2, [4, 4], [2, 2])  # its attention takes the parameters of its layers, and calls none
+
+
+@pytest.mark.parametrize("library", ["timm", "torchvision"])
+def test_layers_around_windows(monkeypatch, library):
+    """qkv and the projection run as convolutions with the attention, unless that is switched off or a layer is hooked."""
+    plain = swin_block(library)
+    model = copy.deepcopy(plain)
+    fastconv.patch(model, ops="window_attention")
+    x = torch.randn(2, 8, 8, 8)
+
+    def convolutions(m=model):
+        with Calls() as calls:
+            result = step(m, x)
+        assert_agree(result, step(plain, x))
+        return sum(op is torch.ops.aten.convolution for op in calls.seen), sum(op is torch.ops.aten.addmm for op in calls.seen)
+
+    with fastconv.use_backend("cpu"):
+        assert convolutions() == (2, 2), "the Mlp's two are left"
+        monkeypatch.setattr(_linear, "PREFERS_CONVOLUTION", False)
+        assert convolutions() == (0, 4)
+        monkeypatch.setattr(_linear, "PREFERS_CONVOLUTION", True)
+        monkeypatch.setattr(fastconv.ops._registry, "_disabled_ops", {"linear"})
+        assert convolutions() == (0, 4)
+
+
+@pytest.mark.parametrize("frozen", [None, "x", "weight"])
+@pytest.mark.parametrize("rows", [0, 1, 64, 200, 321])
+def test_gelu_linear_in_pieces(monkeypatch, frozen, rows):
+    monkeypatch.setattr(GELU_LINEAR, "PIECE_ELEMENTS", 640)
+    monkeypatch.setattr(GELU_LINEAR, "PIECE_ROWS", 64)
+    monkeypatch.setattr(_linear, "MIN_ROWS", 1)
+    g = torch.Generator().manual_seed(0)
+    x, weight, bias, dy = (torch.randn(s, generator=g) for s in ((rows, 8), (4, 8), (4,), (rows, 4)))
+    leaves = {"x": x, "weight": weight, "bias": bias}
+
+    def run(function, dtype=torch.float32, **kwargs):
+        tensors = {name: t.detach().to(dtype).requires_grad_(name != frozen) for name, t in leaves.items()}
+        out = function(*tensors.values(), **kwargs)
+        with torch.no_grad():
+            assert torch.equal(function(*tensors.values(), **kwargs), out)
+        wanted = [t for t in tensors.values() if t.requires_grad]
+        return [out.detach(), *torch.autograd.grad(out, wanted, dy.to(dtype))]
+
+    with fastconv.use_backend("cpu"), Calls() as calls:
+        actual = run(fastconv.ops.gelu_linear)
+    assert sum(op is torch.ops.fastconv.gelu_linear_fwd for op in calls.seen) >= 2 * max(1, rows // 80)
+    eager, truth = run(reference), run(reference, torch.float64)
+    for i, (a, e, t) in enumerate(zip(actual, eager, truth, strict=True)):
+        assert_matches(a, e, t, grad=i > 0, dtype=torch.float32, name=f"result {i}")
+
+
+def test_pieces_are_all_rows_once():
+    for rows, channels in ((0, 8), (1, 0), (5000, 384), (25_088, 384), (6_273, 768), (100_001, 16)):
+        pieces = GELU_LINEAR._pieces(torch.empty(rows, channels, device="cpu"), torch.float32)
+        assert [i for piece in pieces for i in range(rows)[piece]] == list(range(rows))
+        assert all(piece.start % GELU_LINEAR.BLOCK == 0 for piece in pieces)
+        assert len(pieces) == 1 or min(p.stop - p.start for p in pieces) >= GELU_LINEAR.PIECE_ROWS - GELU_LINEAR.BLOCK
+        assert len(GELU_LINEAR._pieces(torch.empty(rows, channels), torch.bfloat16)) == 1
 
 
 def test_derivatives_of_every_order():

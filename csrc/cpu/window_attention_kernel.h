@@ -1,5 +1,6 @@
 // Attention inside shifted windows, one window and head at a time. Included once per SIMD level.
 //
+// Where the time goes: the products run at the peak of the multipliers, so the rest is kept small and the memory busy.
 // q, k, v and dy of a window are gathered as rows [N][padded D] in the accumulation type, k and v also as columns
 // [D][padded N], so that every product is of scalars with vectors. Logits of padded columns are -inf: their weights are 0.
 
@@ -14,7 +15,7 @@ FC_INLINE void product_block(const A* a, int64_t a_row, int64_t a_step, const A*
     Vec<A> right[V];
     FC_UNROLL for (int v = 0; v < V; ++v) right[v] = load(b + k * b_step + v * kLanes<A>);
     FC_UNROLL for (int r = 0; r < R; ++r) {
-      const Vec<A> left = broadcast<A>(a[r * a_row + k * a_step]);
+      const A left = a[r * a_row + k * a_step];
       FC_UNROLL for (int v = 0; v < V; ++v) sum[r][v] += left * right[v];
     }
   }
@@ -29,25 +30,38 @@ void product_columns(int64_t rows, const A* a, int64_t a_row, int64_t a_step, co
   for (; i + kFew <= rows; i += kFew) product_block<A, kFew, V>(a + i * a_row, a_row, a_step, b, b_step, steps, c + i * c_row, c_row);
   for (; i < rows; ++i) product_block<A, 1, V>(a + i * a_row, a_row, a_step, b, b_step, steps, c + i * c_row, c_row);
 }
-// c (rows x columns) = a b; columns is a multiple of a vector. With a_row = 1, a_step = its row length, a is transposed.
-template <class A> void product(int64_t rows, const A* a, int64_t a_row, int64_t a_step, const A* b, int64_t columns, int64_t steps, A* c) {
+// c (rows x columns) = a b; columns is a multiple of a vector, b and c have rows of `row`. With a_row = 1, a_step = its row
+// length, a is transposed.
+template <class A>
+void product(int64_t rows, const A* a, int64_t a_row, int64_t a_step, const A* b, int64_t row, int64_t columns, int64_t steps, A* c) {
   constexpr int64_t L = kLanes<A>, kMost = kManyRegisters ? 4 : 2;
   for (int64_t j = 0; j < columns;) {
     const int64_t left = (columns - j) / L, vectors = left < kMost ? left : kMost;
-    if (vectors == 4) product_columns<A, 4>(rows, a, a_row, a_step, b + j, columns, steps, c + j, columns);
-    else if (vectors == 3) product_columns<A, 3>(rows, a, a_row, a_step, b + j, columns, steps, c + j, columns);
-    else if (vectors == 2) product_columns<A, 2>(rows, a, a_row, a_step, b + j, columns, steps, c + j, columns);
-    else product_columns<A, 1>(rows, a, a_row, a_step, b + j, columns, steps, c + j, columns);
+    if (vectors == 4) product_columns<A, 4>(rows, a, a_row, a_step, b + j, row, steps, c + j, row);
+    else if (vectors == 3) product_columns<A, 3>(rows, a, a_row, a_step, b + j, row, steps, c + j, row);
+    else if (vectors == 2) product_columns<A, 2>(rows, a, a_row, a_step, b + j, row, steps, c + j, row);
+    else product_columns<A, 1>(rows, a, a_row, a_step, b + j, row, steps, c + j, row);
     j += vectors * L;
   }
 }
 
-template <class A> FC_INLINE A largest_lane(Vec<A> v) {
-  alignas(64) A lanes[kLanes<A>];
-  store(lanes, v);
-  for (int64_t half = kLanes<A> / 2; half > 0; half /= 2)
-    for (int64_t i = 0; i < half; ++i) lanes[i] = lanes[i + half] > lanes[i] ? lanes[i + half] : lanes[i];
-  return lanes[0];
+// The largest lane of each of kLanes vectors, as sum_each adds them.
+template <class A, int kGroup, int... I> FC_INLINE Vec<A> larger_halves(Vec<A> a, Vec<A> b, std::integer_sequence<int, I...>) {
+  constexpr int kHalf = kGroup / 2;
+  const Vec<A> low = __builtin_shufflevector(a, b, (I / kHalf * kGroup + I % kHalf)...);
+  const Vec<A> high = __builtin_shufflevector(a, b, (I / kHalf * kGroup + I % kHalf + kHalf)...);
+  return high > low ? high : low;
+}
+template <class A, int kGroup = kLanes<A>> FC_INLINE Vec<A> largest_each(const Vec<A>* v) {
+  if constexpr (kGroup == 1) {
+    return v[0];
+  } else {
+    Vec<A> half[kGroup / 2];
+    FC_UNROLL for (int i = 0; i < kGroup / 2; ++i) {
+      half[i] = larger_halves<A, kGroup>(v[2 * i], v[2 * i + 1], std::make_integer_sequence<int, kLanes<A>>{});
+    }
+    return largest_each<A, kGroup / 2>(half);
+  }
 }
 
 // The lanes of a and b in turn, from lane kFrom on.
@@ -77,6 +91,7 @@ template <class A> FC_INLINE A dot(const A* a, const A* b, int64_t count) {
 template <class A> struct WindowTask {
   const WindowParams& p;
   int64_t head, N, Np, D, Dp;
+  int64_t Nv;                               // keys taken as vectors; one that would have a vector of its own is taken by rows
   A factor;                                 // of the logits
   A *q, *k, *v, *dy, *out;                  // [N][Dp]
   A *k_columns, *v_columns;                 // [D][Np]
@@ -85,11 +100,12 @@ template <class A> struct WindowTask {
   A *q_inverse, *k_inverse;                 // [N]: 1 / norm, with logit_scale
   A* dpad;                                  // [3][Dp]
   int64_t *pixel_row, *pixel_column;        // [wh], [ww]: of the window's tokens in the map, -1 where padded
+  int64_t next_image, *next_row, *next_column;  // the same of the window after it; -1 where there is none
   uint8_t* region;                          // [N]
   bool masked;
 
   WindowTask(const WindowParams& params, char* scratch)
-      : p(params), N(p.wh * p.ww), Np(padded<A>(N)), D(p.D), Dp(padded<A>(D)) {
+      : p(params), N(p.wh * p.ww), Np(padded<A>(N)), D(p.D), Dp(padded<A>(D)), Nv(N % kLanes<A> == 1 && N > 1 ? N - 1 : Np) {
     for (A** rows : {&q, &k, &v, &dy, &out}) *rows = carve<A>(scratch, N * Dp);
     for (A** columns : {&k_columns, &v_columns}) *columns = carve<A>(scratch, D * Np);
     for (A** square : {&weights, &slope, &bias, &dbias}) *square = carve<A>(scratch, N * Np);
@@ -98,6 +114,8 @@ template <class A> struct WindowTask {
     dpad = carve<A>(scratch, 3 * Dp);
     pixel_row = carve<int64_t>(scratch, p.wh);
     pixel_column = carve<int64_t>(scratch, p.ww);
+    next_row = carve<int64_t>(scratch, p.wh);
+    next_column = carve<int64_t>(scratch, p.ww);
     region = carve<uint8_t>(scratch, N);
   }
 
@@ -142,12 +160,21 @@ template <class A> struct WindowTask {
       for (int64_t j = 0; j < Np; ++j) mask[r * Np + j] = j < N && region[j] != r ? static_cast<A>(p.mask_value) : A(0);
   }
 
+  void locate_next(int64_t window) {
+    next_image = window < 0 ? -1 : window / (p.rows * p.columns);
+    if (window < 0) return;
+    locate(next_row, p.wh, p.H, window / p.columns % p.rows * p.wh, p.sh, p.pad_first);
+    locate(next_column, p.ww, p.W, window % p.columns * p.ww, p.sw, p.pad_first);
+  }
+
   // Calls f(token, row of the map, column of the map); -1, -1 for a padded token.
   template <class F> FC_INLINE void for_tokens(F&& f) {
-    for (int64_t a = 0, i = 0; a < p.wh; ++a)
-      for (int64_t b = 0; b < p.ww; ++b, ++i) {
-        const bool inside = pixel_row[a] >= 0 && pixel_column[b] >= 0;
-        f(i, inside ? pixel_row[a] : -1, inside ? pixel_column[b] : -1);
+    const int64_t wh = p.wh, ww = p.ww;
+    const int64_t *pixel_h = pixel_row, *pixel_w = pixel_column;
+    for (int64_t a = 0, i = 0; a < wh; ++a)
+      for (int64_t b = 0; b < ww; ++b, ++i) {
+        const bool inside = pixel_h[a] >= 0 && pixel_w[b] >= 0;
+        f(i, inside ? pixel_h[a] : -1, inside ? pixel_w[b] : -1);
       }
   }
 
@@ -156,20 +183,25 @@ template <class A> struct WindowTask {
     with_type<A>(from.dtype, [&](auto* type) __attribute__((always_inline)) {
       using T = std::remove_cv_t<std::remove_pointer_t<decltype(type)>>;
       const T* base = static_cast<const T*>(from.data) + image * stride[0] + head * stride[3];
+      const int64_t count = D, width = Dp, row = stride[1], column = stride[2];
       for_tokens([&](int64_t i, int64_t h, int64_t w) __attribute__((always_inline)) {
-        for (int64_t d = 0; d < D; d += kLanes<A>) {
-          const int64_t lanes = D - d < kLanes<A> ? D - d : kLanes<A>;
-          Vec<A> value = zero<A>();
-          if (h >= 0) value = load_lanes<A>(base + h * stride[1] + w * stride[2] + d, lanes);
-          else if (pad) value = load_lanes<A>(pad + d, lanes);
-          store(to + i * Dp + d, value);
+        A* token = to + i * width;
+        if (h >= 0) return copy_row(base + h * row + w * column, token, count);
+        for (int64_t d = 0; d < count; d += kLanes<A>) {
+          const int64_t lanes = count - d < kLanes<A> ? count - d : kLanes<A>;
+          store(token + d, pad ? load_lanes<A>(pad + d, lanes) : zero<A>());
         }
       });
     });
   }
+  template <class T> static FC_INLINE void copy_row(const T* from, A* to, int64_t count) {
+    int64_t d = 0;
+    for (; d + kLanes<A> <= count; d += kLanes<A>) store(to + d, load_as(from + d));
+    if (d < count) store(to + d, load_lanes<A>(from + d, count - d));
+  }
   void transpose(const A* rows, A* columns) {
     constexpr int64_t L = kLanes<A>;
-    for (int64_t j = 0; j < Np; j += L)
+    for (int64_t j = 0; j < Nv; j += L)
       for (int64_t d = 0; d < Dp; d += L) {
         Vec<A> square[L];
         FC_UNROLL for (int64_t i = 0; i < L; ++i) square[i] = j + i < N ? load(rows + (j + i) * Dp + d) : zero<A>();
@@ -201,92 +233,171 @@ template <class A> struct WindowTask {
     transpose(k, k_columns);
   }
 
-  // weights = exp(logits - max); inverse of the sum of row i in f(i, .).
-  template <class F> FC_INLINE void softmax(F&& f) {
-    product<A>(N, q, Dp, 1, k_columns, Np, D, weights);
-    for (int64_t i = 0; i < N; ++i) {
-      A* row = weights + i * Np;
-      const A* extra = masked ? mask + region[i] * Np : nullptr;
-      Vec<A> most = broadcast<A>(-static_cast<A>(__builtin_inf())), sum = zero<A>();
-      for (int64_t j = 0; j < Np; j += kLanes<A>) {
-        Vec<A> logit = load(row + j) * factor + load(bias + i * Np + j);
-        if (extra) logit += load(extra + j);
-        store(row + j, logit);
-        most = logit > most ? logit : most;
-      }
-      const A top = largest_lane<A>(most);
-      for (int64_t j = 0; j < Np; j += kLanes<A>) {
-        const Vec<A> e = exponential(load(row + j) - top);
-        store(row + j, e);
-        sum += e;
-      }
-      f(i, 1 / sum_lanes<A>(sum));
+  // Calls f(first row, rows) for blocks of queries of nearly equal size, few enough that a block's logits stay in the first
+  // cache. Meanwhile what the next window needs is fetched: a head's rows are short and far apart, and the processor does
+  // not foresee them.
+  static constexpr int64_t kRows = 16;  // a multiple of kLanes
+  template <class F> FC_INLINE void for_blocks(F&& f) {
+    const int64_t blocks = (N + kRows - 1) / kRows;
+    for (int64_t b = 0; b < blocks; ++b) {
+      const int64_t first = part_begin(N, blocks, b), rows = part_begin(N, blocks, b + 1) - first;
+      fetch(part_begin(p.wh, blocks, b), part_begin(p.wh, blocks, b + 1));
+      f(first, rows);
     }
+  }
+  // Sums over the columns of f(row, column) of a block's rows: of kLanes rows at once, the lanes are added together.
+  template <class F> FC_INLINE void sum_rows(int64_t rows, int64_t columns, A* sums, F&& f) {
+    for (int64_t r = 0; r < rows; r += kLanes<A>) {
+      Vec<A> sum[kLanes<A>];
+      FC_UNROLL for (int64_t l = 0; l < kLanes<A>; ++l) sum[l] = zero<A>();
+      for (int64_t l = 0; l < kLanes<A> && r + l < rows; ++l)
+        for (int64_t j = 0; j < columns; j += kLanes<A>) sum[l] += f(r + l, j);
+      store(sums + r, sum_each<A>(sum));
+    }
+  }
+  // c (a block's rows of [Np]) = a b^T, of b [N][Dp] and its columns.
+  void by_keys(int64_t rows, const A* a, const A* b, const A* columns, A* c) {
+    product<A>(rows, a, Dp, 1, columns, Np, Nv, D, c);
+    if (Nv >= N) return;
+    alignas(64) A last[kRows];
+    sum_rows(rows, Dp, last, [&](int64_t r, int64_t d) __attribute__((always_inline)) { return load(a + r * Dp + d) * load(b + Nv * Dp + d); });
+    for (int64_t r = 0; r < rows; ++r) c[r * Np + Nv] = last[r];
+  }
+  // weights (a block's rows) = exp(logits - max), and the inverses of their sums.
+  FC_INLINE void softmax(int64_t first, int64_t rows, A* weight, A* inverse) {
+    by_keys(rows, q + first * Dp, k, k_columns, weight);
+    constexpr A kLeast = -static_cast<A>(__builtin_inf());
+    alignas(64) A top[kRows], last[kRows];  // last: of the key that is taken by rows
+    for (int64_t r = 0; r < rows; r += kLanes<A>) {
+      Vec<A> most[kLanes<A>];
+      FC_UNROLL for (int64_t l = 0; l < kLanes<A>; ++l) most[l] = broadcast<A>(kLeast);
+      store(last + r, broadcast<A>(kLeast));
+      for (int64_t l = 0; l < kLanes<A> && r + l < rows; ++l) {
+        const int64_t i = first + r + l;
+        const A *extra = masked ? mask + region[i] * Np : nullptr, *more = bias + i * Np;
+        A* row = weight + (r + l) * Np;
+        for (int64_t j = 0; j < Nv; j += kLanes<A>) {
+          Vec<A> logit = load(row + j) * factor + load(more + j);
+          if (extra) logit += load(extra + j);
+          store(row + j, logit);
+          most[l] = logit > most[l] ? logit : most[l];
+        }
+        if (Nv < N) last[r + l] = row[Nv] * factor + more[Nv] + (extra ? extra[Nv] : A(0));
+      }
+      const Vec<A> each = largest_each<A>(most), other = load(last + r);
+      store(top + r, other > each ? other : each);
+    }
+    sum_rows(rows, Nv, inverse, [&](int64_t r, int64_t j) __attribute__((always_inline)) {
+      const Vec<A> e = exponential(load(weight + r * Np + j) - top[r]);
+      store(weight + r * Np + j, e);
+      return e;
+    });
+    for (int64_t r = 0; r < rows; r += kLanes<A>) {
+      if (Nv < N) store(last + r, exponential(load(last + r) - load(top + r)));
+      store(inverse + r, A(1) / (Nv < N ? load(inverse + r) + load(last + r) : load(inverse + r)));
+    }
+    for (int64_t r = 0; r < rows && Nv < N; ++r) weight[r * Np + Nv] = last[r];
   }
 
   void forward(int64_t image) {
     gather_qkv(image);
-    A* inverse = slope;
-    softmax([&](int64_t i, A value) __attribute__((always_inline)) { inverse[i] = value; });
-    product<A>(N, weights, Np, 1, v, Dp, N, out);
-    for_tokens([&](int64_t i, int64_t h, int64_t w) __attribute__((always_inline)) {
-      if (h < 0) return;
-      for (int64_t d = 0; d < Dp; d += kLanes<A>) store(out + i * Dp + d, load(out + i * Dp + d) * inverse[i]);
-      write(p.out, (((image * p.H + h) * p.W + w) * p.heads + head) * D, D, out + i * Dp);
+    for_blocks([&](int64_t first, int64_t rows) __attribute__((always_inline)) {
+      alignas(64) A inverse[kRows];
+      softmax(first, rows, weights, inverse);
+      product<A>(rows, weights, Np, 1, v, Dp, Dp, N, out + first * Dp);
+      scale_rows(out + first * Dp, rows, inverse);
     });
+    const int64_t C = p.heads * D;
+    scatter(image * p.H * p.W * C + head * D, C, out, 1, nullptr);
+  }
+  void scale_rows(A* to, int64_t rows, const A* by) {
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t d = 0; d < Dp; d += kLanes<A>) store(to + r * Dp + d, load(to + r * Dp + d) * by[r]);
   }
 
-  // dS = P (dP - sum over the row of P dP), added to dbias; then dv = P^T dy, dq = dS k, dk = dS^T q.
+  // With P = weights / their sums: dS = P (dP - sum over the row of P dP), added to dbias; then dv = P^T dy, dq = dS k,
+  // dk = dS^T q. The sums divide dy, which is narrower than P and dP.
   void backward(int64_t image, A* dlogit_scale) {
     const int64_t C = p.heads * D, stride[4] = {p.H * p.W * C, p.W * C, C, D};
     gather_qkv(image);
     gather(p.dy, stride, image, nullptr, dy);
     transpose(v, v_columns);
-    product<A>(N, dy, Dp, 1, v_columns, Np, D, slope);
-    softmax([&](int64_t i, A inverse) __attribute__((always_inline)) {
-      A *weight = weights + i * Np, *s = slope + i * Np, *sum = dbias + i * Np;
-      Vec<A> through = zero<A>();
-      for (int64_t j = 0; j < Np; j += kLanes<A>) {
-        const Vec<A> scaled = load(weight + j) * inverse;
-        store(weight + j, scaled);
-        through += scaled * load(s + j);
-      }
-      const A delta = sum_lanes<A>(through);
-      for (int64_t j = 0; j < Np; j += kLanes<A>) {
-        const Vec<A> ds = load(weight + j) * (load(s + j) - delta);
-        store(s + j, ds);
-        store(sum + j, load(sum + j) + ds);
+    for_blocks([&](int64_t first, int64_t rows) __attribute__((always_inline)) {
+      alignas(64) A inverse[kRows], delta[kRows];
+      A *weight = weights + first * Np, *s = slope + first * Np, *sum = dbias + first * Np;
+      softmax(first, rows, weight, inverse);
+      scale_rows(dy + first * Dp, rows, inverse);
+      by_keys(rows, dy + first * Dp, v, v_columns, s);
+      sum_rows(rows, Nv, delta, [&](int64_t r, int64_t j) __attribute__((always_inline)) { return load(weight + r * Np + j) * load(s + r * Np + j); });
+      for (int64_t r = 0; r < rows; ++r) {
+        const int64_t last = r * Np + Nv;
+        const A mean = (Nv < N ? delta[r] + weight[last] * s[last] : delta[r]) * inverse[r];
+        for (int64_t j = r * Np; j < last; j += kLanes<A>) {
+          const Vec<A> ds = load(weight + j) * (load(s + j) - mean);
+          store(s + j, ds);
+          store(sum + j, load(sum + j) + ds);
+        }
+        if (Nv < N) sum[last] += s[last] = weight[last] * (s[last] - mean);
       }
     });
-    product<A>(N, weights, 1, Np, dy, Dp, N, out);
-    scatter(image, 2, out);
-    product<A>(N, slope, Np, 1, k, Dp, N, out);
+    const int64_t base = image * p.H * p.W * 3 * C + head * D;
+    product<A>(N, weights, 1, Np, dy, Dp, Dp, N, out);
+    scatter(base + 2 * C, 3 * C, out, 1, dpad + 2 * Dp);
+    product<A>(N, slope, Np, 1, k, Dp, Dp, N, out);
     if (p.logit_scale)
       for (int64_t i = 0; i < N; ++i) *dlogit_scale += dot(out + i * Dp, q + i * Dp, Dp);
-    through_factor(q, q_inverse, out);
-    scatter(image, 0, out);
-    product<A>(N, slope, 1, Np, q, Dp, N, out);
-    through_factor(k, k_inverse, out);
-    scatter(image, 1, out);
+    through_norm(q, q_inverse, out);
+    scatter(base, 3 * C, out, factor, dpad);
+    product<A>(N, slope, 1, Np, q, Dp, Dp, N, out);
+    through_norm(k, k_inverse, out);
+    scatter(base + C, 3 * C, out, factor, dpad + Dp);
   }
-  // Gradient of q or k from that of their product: the factor, and the norm where there is one.
-  void through_factor(const A* rows, const A* inverse, A* grad) {
+  // Gradient of q or k from that of their normalised vectors.
+  void through_norm(const A* rows, const A* inverse, A* grad) {
+    if (!p.logit_scale) return;
     for (int64_t i = 0; i < N; ++i) {
-      A *g = grad + i * Dp, scale = factor, along = 0;
+      A* g = grad + i * Dp;
       const A* row = rows + i * Dp;
-      if (p.logit_scale) {
-        scale *= inverse[i];
-        along = inverse[i] < A(1 / kEps) ? dot(g, row, Dp) : A(0);  // a smaller norm is a constant
-      }
-      for (int64_t d = 0; d < Dp; d += kLanes<A>) store(g + d, (load(g + d) - load(row + d) * along) * scale);
+      const A along = inverse[i] < A(1 / kEps) ? dot(g, row, Dp) : A(0);  // a smaller norm is a constant
+      for (int64_t d = 0; d < Dp; d += kLanes<A>) store(g + d, (load(g + d) - load(row + d) * along) * inverse[i]);
     }
   }
-  void scatter(int64_t image, int64_t part, const A* rows) {
-    for_tokens([&](int64_t i, int64_t h, int64_t w) __attribute__((always_inline)) {
-      if (h >= 0) return write(p.out, ((((image * p.H + h) * p.W + w) * 3 + part) * p.heads + head) * D, D, rows + i * Dp);
-      A* sum = dpad + part * Dp;
-      for (int64_t d = 0; d < Dp; d += kLanes<A>) store(sum + d, load(sum + d) + load(rows + i * Dp + d));
+  // Rows times scale to where the tokens are in p.out: element `base` + pixel * `step`. Padded tokens' are added to `sum`.
+  void scatter(int64_t base, int64_t step, const A* rows, A scale, A* sum) {
+    with_type<A>(p.out.dtype, [&](auto* type) __attribute__((always_inline)) {
+      using T = std::remove_cv_t<std::remove_pointer_t<decltype(type)>>;
+      T* to = static_cast<T*>(p.out.data) + base;
+      const int64_t count = D, width = Dp, line = p.W * step;
+      for_tokens([&](int64_t i, int64_t h, int64_t w) __attribute__((always_inline)) {
+        const A* token = rows + i * width;
+        T* place = to + h * line + w * step;
+        for (int64_t d = 0; d < count; d += kLanes<A>) {
+          if (h >= 0) store_lanes<A>(place + d, load(token + d) * scale, count - d < kLanes<A> ? count - d : kLanes<A>);
+          else if (sum) store(sum + d, load(sum + d) + load(rows + i * width + d) * scale);
+        }
+      });
     });
+  }
+
+  // Prefetches what the next window reads and writes, of its rows from begin to end. Inline, or GCC takes it for a no-op.
+  FC_INLINE void fetch(int64_t begin, int64_t end) {
+    if (next_image < 0) return;
+    const int64_t C = p.heads * D, parts = p.dy.data ? 3 : 1, stride[4] = {p.H * p.W * C, p.W * C, C, D};
+    const int64_t out_stride[4] = {stride[0] * parts, stride[1] * parts, C * parts, D};
+    fetch(p.q, p.stride[0], 0, begin, end);
+    fetch(p.k, p.stride[1], 0, begin, end);
+    fetch(p.v, p.stride[2], 0, begin, end);
+    if (p.dy.data) fetch(p.dy, stride, 0, begin, end);
+    for (int64_t part = 0; part < parts; ++part) fetch({p.out.data, p.out.dtype}, out_stride, part * C, begin, end);
+  }
+  FC_INLINE void fetch(Array array, const int64_t* stride, int64_t offset, int64_t begin, int64_t end) {
+    const int64_t size = dtype_size(array.dtype), step = stride[2] * size, bytes = D * size, ww = p.ww;
+    for (int64_t a = begin; a < end; ++a) {
+      if (next_row[a] < 0) continue;
+      const char* row = at(array, next_image * stride[0] + next_row[a] * stride[1] + head * stride[3] + offset);
+      for (int64_t b = 0; b < ww; ++b)
+        for (int64_t i = 0; i < bytes && next_column[b] >= 0; i += 64) prefetch_l2(row + next_column[b] * step + i);
+    }
   }
 };
 
@@ -295,7 +406,7 @@ template <class A> int64_t window_scratch_as(const WindowParams& p) {
   const auto bytes = [](int64_t count, int64_t size) { return aligned_bytes(count * size); };
   const int64_t size = sizeof(A);
   return 5 * bytes(N * Dp, size) + 2 * bytes(p.D * Np, size) + 4 * bytes(N * Np, size) + bytes(4 * Np, size) + 2 * bytes(N, size) +
-         bytes(3 * Dp, size) + bytes(p.wh, 8) + bytes(p.ww, 8) + bytes(N, 1);
+         bytes(3 * Dp, size) + 2 * bytes(p.wh, 8) + 2 * bytes(p.ww, 8) + bytes(N, 1);
 }
 
 // A task is slice * heads + head. Backward where dy is given: partial of a task holds dtable, dlogit_scale and dpad of its head.
@@ -312,6 +423,7 @@ template <class A> void window_attention_as(const WindowParams& p, char* scratch
     }
     for (int64_t w = part_begin(p.B * windows, p.slices, slice); w < stop; ++w) {
       task.locate(w % windows / p.columns, w % p.columns);
+      task.locate_next(w + 1 < stop ? w + 1 : -1);
       if (p.dy.data) task.backward(w / windows, &dlogit_scale);
       else task.forward(w / windows);
     }

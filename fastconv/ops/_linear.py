@@ -1,7 +1,8 @@
 """Linear layers over maps as 1x1 convolutions, where torch's convolutions (oneDNN) are faster than its matrix products (MKL).
 
-MKL keeps AMD's processors from its AVX-512 code: its float32 products reach less than half of what oneDNN's do there. Both
-are torch's own kernels and both have all derivatives; which one runs is decided at each call, by the shape.
+MKL keeps AMD's processors from its AVX-512 code: its float32 products reach less than half of what oneDNN's do on Zen 5, and
+on Zen 4, where such code has no more lanes, four fifths to all of it; F.linear also copies the bias to every row first. Both are
+torch's own kernels and both have all derivatives; which one runs is decided at each call, by the shape.
 """
 
 from __future__ import annotations
@@ -24,11 +25,31 @@ def _prefers_convolution() -> bool:
 
 PREFERS_CONVOLUTION = _prefers_convolution()  # of this processor
 
+
+def _wide_products() -> bool:
+    if not PREFERS_CONVOLUTION:
+        return False
+    from fastconv import _C
+
+    return _C.cpu_family() < ZEN5
+
+
+ZEN5 = 26
+# Up to Zen 4 AVX-512 has no more lanes than what MKL uses, and MKL's products win where they add up over the rows.
+PREFERS_WEIGHT_PRODUCTS = _wide_products()
+
 # Where the convolution wins, forward and backward, on an AMD EPYC (Zen 5), 2 threads, torch 2.15, 2026-11-22: about 1.1x at
 # MIN_PRODUCTS, 1.3x to 2.3x at ConvNeXt-T's shapes, 0.7x to 1.3x under MIN_ROWS. `pytest benchmarks -k linear` measures it.
 MIN_ROWS = 192
 MIN_PRODUCTS = 2**23  # rows x in_features x out_features
 MIN_ELEMENTS = 20_480  # below it, or on one thread, torch computes a 1x1 convolution by MKL too
+
+# dweight on Zen 4, torch 2.14, 2026-11-28, in GFLOP/s of 2 threads: the convolution has 206 to the product's 157 at 25,088 rows of
+# 384 to 96, 187 to 161 at 2,048, but 161 to 188 at 6,272 of 768 to 192, 139 to 157 at 25,088 of 96 to 384, and a third of it at
+# many an odd number of rows. A transposed product is up to a fifth faster; the copy of a large dweight costs more.
+MIN_WEIGHT_ROWS = 2048
+MAX_WEIGHT = 2**16
+MAX_TRANSPOSED = 2**20
 
 
 @constant_when_traced
@@ -47,7 +68,8 @@ def convolution_is_faster(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether linear(x, weight) is to run as a convolution."""
     rows = x.numel() // max(x.shape[-1], 1)
     return (
-        x.device.type == "cpu" == weight.device.type
+        PREFERS_CONVOLUTION
+        and x.device.type == "cpu" == weight.device.type
         and x.dtype == weight.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")
         and x.is_contiguous()
@@ -73,9 +95,20 @@ def _forward(x, weight, bias):
 def _backward(dy, x, weight, need_dx: bool, need_dweight: bool):
     settings = [1, 1], [0, 0], [1, 1], False, [0, 0], 1  # stride, padding, dilation, transposed, output padding, groups
     maps = _as_map(dy), _as_map(x), weight[:, :, None, None]
-    dx, dweight, _ = torch.ops.aten.convolution_backward(*maps, None, *settings, [need_dx, need_dweight, False])
-    dx = dx.permute(0, 2, 3, 1).reshape(x.shape) if need_dx else None
-    return dx, dweight.flatten(1) if need_dweight else None
+    convolved = need_dweight and not (PREFERS_WEIGHT_PRODUCTS and _product_is_faster(x.shape[0], *weight.shape))
+    dx = dweight = None
+    if need_dx or convolved:
+        dx, dweight, _ = torch.ops.aten.convolution_backward(*maps, None, *settings, [need_dx, convolved, False])
+        dx = dx.permute(0, 2, 3, 1).reshape(x.shape) if need_dx else None
+        dweight = dweight.flatten(1) if convolved else None
+    if need_dweight and not convolved:
+        transposed = weight.shape[0] < weight.shape[1] and weight.numel() <= MAX_TRANSPOSED
+        dweight = (x.t() @ dy).t().contiguous() if transposed else dy.t() @ x
+    return dx, dweight
+
+
+def _product_is_faster(rows: int, outputs: int, inputs: int) -> bool:
+    return rows < MIN_WEIGHT_ROWS or outputs > inputs or outputs * inputs > MAX_WEIGHT
 
 
 # The same as operators of their own, for torch.compile. In a graph of its own the compiler takes an image of one column for

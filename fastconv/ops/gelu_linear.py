@@ -71,8 +71,40 @@ _registry.define(
 )
 
 
+# On a CPU a long x goes through in pieces of about so many elements, which stay in the caches from pass to pass: fresh memory
+# for a map of its size costs more than the passes over it. With fewer rows at a time, torch's products are slower.
+PIECE_ELEMENTS = 2**20
+PIECE_ROWS = 2048
+BLOCK = 64  # rows: oneDNN's gradients of weights are three times slower at many an odd number of them
+
+
+def _pieces(x: torch.Tensor, dtype: torch.dtype) -> list[slice]:
+    """Of the rows of x; one, unless sums of dweight over pieces are as exact as over all."""
+    rows, channels = x.shape
+    if x.device.type != "cpu" or dtype not in (torch.float32, torch.float64):
+        return [slice(0, rows)]
+    blocks = -(-rows // BLOCK)
+    count = max(1, rows // max(PIECE_ROWS, PIECE_ELEMENTS // max(channels, 1)))
+    return [slice(blocks * i // count * BLOCK, min(rows, blocks * (i + 1) // count * BLOCK)) for i in range(count)]
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    return x.view(x.shape[:-1].numel(), x.shape[-1])
+
+
 def _linear(x, weight, bias):
     return as_convolution(x, weight, bias) if convolution_is_faster(x, weight) else F.linear(x, weight, bias)
+
+
+def _forward(x, weight, bias, tanh: bool, dtype, backend):
+    """The op on contiguous x."""
+    with without_autocast(x.device):
+        weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+        rows, gelu = _rows(x), _registry.raw("gelu_linear_fwd", backend)
+        pieces = [rows[piece] for piece in _pieces(rows, dtype)]
+        outs = [_linear(gelu(piece.view(-1), tanh, dtype).view(piece.shape), weight, bias) for piece in pieces]
+        out = torch.cat(outs) if len(outs) > 1 else outs[0]
+        return out.view(*x.shape[:-1], weight.shape[0])
 
 
 class GeluLinear(torch.autograd.Function):
@@ -83,9 +115,7 @@ class GeluLinear(torch.autograd.Function):
         ctx.tanh, ctx.dtype, ctx.backend = approximate == "tanh", dtype, backend
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, weight, bias)
-        with without_autocast(x.device):
-            y = _registry.raw("gelu_linear_fwd", backend)(x.view(-1), ctx.tanh, dtype).view(x.shape)
-            return _linear(y, weight.to(dtype), None if bias is None else bias.to(dtype)).data  # no view, see PointwiseConv
+        return _forward(x, weight, bias, ctx.tanh, dtype, backend).data  # no view, see PointwiseConv
 
     @staticmethod
     @first_order_only(OP)
@@ -94,26 +124,41 @@ class GeluLinear(torch.autograd.Function):
             return (None,) * 6
         x, weight, bias = saved
         need_dx, need_dweight, need_dbias = ctx.needs_input_grad[:3]
-        weight_as = weight.to(ctx.dtype)
-        rows = dout.contiguous().view(-1, weight.shape[0])
-        dx = y = dweight = None
-        if need_dx:
-            dy = _linear(rows, weight_as.t(), None)
-            dx, y = _registry.raw("gelu_linear_bwd", ctx.backend)(dy.contiguous().view(-1), x.view(-1), ctx.tanh, need_dweight)
-            dx = dx.view(x.shape)
-        elif need_dweight:
-            y = _registry.raw("gelu_linear_fwd", ctx.backend)(x.view(-1), ctx.tanh, ctx.dtype)
-        if need_dweight:
-            dweight = _weight_gradient(rows, y.view(-1, weight.shape[1]), weight_as).to(weight.dtype)
-        dbias = rows.sum(0).to(bias.dtype) if need_dbias else None
-        return dx, dweight, dbias, None, None, None
+        dout, weight_as = _rows(dout.contiguous()), weight.to(ctx.dtype)
+        rows = _rows(x)
+        pieces = _pieces(rows, ctx.dtype)
+        dx = torch.empty_like(rows) if need_dx and len(pieces) > 1 else None
+        dweight = None
+        for piece in pieces:
+            part, y = _backward(dout[piece], rows[piece], weight_as, ctx.tanh, ctx.backend, need_dx, need_dweight)
+            if dx is not None:
+                dx[piece] = part
+            elif need_dx:
+                dx = part
+            if need_dweight:
+                share = _weight_gradient(dout[piece], y, weight_as)
+                dweight = share if dweight is None else dweight.add_(share)
+        dbias = dout.sum(0).to(bias.dtype) if need_dbias else None
+        return dx.view(x.shape) if need_dx else None, dweight.to(weight.dtype) if need_dweight else None, dbias, None, None, None
+
+
+def _backward(dout, x, weight, tanh: bool, backend, need_dx: bool, need_y: bool):
+    """dx and gelu(x), each None where it is not needed, of rows."""
+    if need_dx:
+        dy = _input_gradient(dout, x, weight).contiguous()
+        dx, y = _registry.raw("gelu_linear_bwd", backend)(dy.view(-1), x.view(-1), tanh, need_y)
+        return dx.view(x.shape), y.view(x.shape) if need_y else None
+    return None, _registry.raw("gelu_linear_fwd", backend)(x.view(-1), tanh, weight.dtype).view(x.shape) if need_y else None
+
+
+def _input_gradient(dout, x, weight):
+    """dout weight, by the kernel of the forward; of x only the shape is read."""
+    return gradients(dout, x, weight, True, False)[0] if convolution_is_faster(x, weight) else dout @ weight
 
 
 def _weight_gradient(dout, y, weight):
     """dout^T y, by the kernel of the forward."""
-    if not convolution_is_faster(y, weight):
-        return dout.t() @ y
-    return gradients(dout, y, weight, False, True)[1]
+    return gradients(dout, y, weight, False, True)[1] if convolution_is_faster(y, weight) else dout.t() @ y
 
 
 def gelu_linear(
@@ -159,7 +204,5 @@ def gelu_linear(
             y = F.gelu(x, approximate=approximate).to(dtype)
             return _linear(y, weight.to(dtype), None if bias is None else bias.to(dtype))
     if not needs_grad(x, weight, bias):
-        with without_autocast(x.device):
-            y = _registry.raw("gelu_linear_fwd", backend)(x.contiguous().view(-1), approximate == "tanh", dtype).view(x.shape)
-            return _linear(y, weight.to(dtype), None if bias is None else bias.to(dtype))
+        return _forward(x.contiguous(), weight, bias, approximate == "tanh", dtype, backend)
     return GeluLinear.apply(x.contiguous(), dense(weight), dense(bias), approximate, dtype, backend)

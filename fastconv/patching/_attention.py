@@ -13,14 +13,13 @@ from dataclasses import dataclass
 from math import log
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from ..ops import Choice, _window, window_attention
 from ..ops.window_attention import reference
 from ._graph import Unsupported
 from ._module import PLAIN, FastModule, Kinds, bypass_reason, child_at, unwrapped
-from ._run_body import autocast_dtype, parameter_reason
+from ._run_body import autocast_dtype, linear, linear_layer, parameter_reason
 
 OP = "window_attention"
 HEADS, HEAD_DIM = 2, 3  # of a twin: distinct, so that a transposed packing shows
@@ -83,7 +82,7 @@ def attend(module: nn.Module, layout: AttentionLayout, x: torch.Tensor, attentio
         scales = {"scale": getattr(holder, parts.scale, None)}
         bias = _table(module, parts).relative_position_bias_table
     y = attention(qkv, (wh, ww), shift, bias, pad_bias=pad_bias, order=order, mask_value=parts.mask_value, **scales)
-    return F.linear(y, proj.weight, proj.bias) if parts.functional else proj(y)
+    return linear(y, proj.weight, proj.bias) if parts.functional else linear_layer(proj, y)
 
 
 def _table(module: nn.Module, parts: Parts) -> nn.Module:
@@ -98,15 +97,15 @@ def _project(module: nn.Module, layout: AttentionLayout, holder: nn.Module, x: t
     heads = getattr(holder, parts.heads)
     layers = [at(module, path) for path in parts.projections]
     if len(layers) > 1:
-        qkv = tuple(layer(x).unflatten(-1, (heads, -1)) for layer in layers)
+        qkv = tuple(linear_layer(layer, x).unflatten(-1, (heads, -1)) for layer in layers)
         biases = [layer.bias for layer in layers] if padded else []
         given = next((b for b in biases if b is not None), None)
         bias = None if given is None else torch.cat([torch.zeros_like(given) if b is None else b for b in biases])
     elif parts.functional or getattr(holder, "q_bias", None) is not None:
         bias = _packed_bias(layers[0], holder, layout.cosine)
-        qkv = F.linear(x, layers[0].weight, bias).unflatten(-1, (3, heads, -1))
+        qkv = linear(x, layers[0].weight, bias).unflatten(-1, (3, heads, -1))
     else:
-        qkv = layers[0](x).unflatten(-1, (3, heads, -1))
+        qkv = linear_layer(layers[0], x).unflatten(-1, (3, heads, -1))
         bias = layers[0].bias if padded else None
     return qkv, bias.view(3, heads, -1) if padded and bias is not None else None
 

@@ -160,6 +160,19 @@ def _fused(block: FastModule, fusion: Fusion, y: torch.Tensor) -> torch.Tensor:
     return out.permute(0, 3, 1, 2) if nchw else out
 
 
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """F.linear, as a convolution where that is faster."""
+    plain = type(x) in PLAIN and type(weight) in PLAIN and type(bias) in (*PLAIN, type(None))
+    if plain and not switched_off("linear") and convolution_is_faster(x, weight):
+        return as_convolution(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+def linear_layer(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    """layer(x) of a layer without hooks, as a convolution where that is faster."""
+    return layer(x) if switched_off("linear") or not _convolvable(layer, x) else as_convolution(x, layer.weight, layer.bias)
+
+
 def _convolvable(layer: nn.Linear, x: torch.Tensor) -> bool:
     parameters = layer._parameters  # without those that are parametrized
     plain = type(parameters.get("weight")) in PLAIN and type(parameters.get("bias", ...)) in (*PLAIN, type(None))
