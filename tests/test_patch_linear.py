@@ -204,13 +204,57 @@ def test_gelu_linear_in_pieces(monkeypatch, frozen, rows):
         assert_matches(a, e, t, grad=i > 0, dtype=torch.float32, name=f"result {i}")
 
 
+@pytest.mark.parametrize("frozen", [(), ("x",), ("w1",), ("x", "w1", "b1"), ("b1", "w2"), ("b2",), ("x", "w1", "b1", "w2", "b2")])
+@pytest.mark.parametrize("bias", [True, False])
+def test_whole_mlp_in_pieces(monkeypatch, frozen, bias):
+    """The linear layer before joins: the same values, and each gradient that is wanted."""
+    monkeypatch.setattr(GELU_LINEAR, "PIECE_ELEMENTS", 640)
+    monkeypatch.setattr(GELU_LINEAR, "PIECE_ROWS", 64)
+    g = torch.Generator().manual_seed(0)
+    shapes = {"x": (3, 67, 6), "w1": (8, 6), "b1": (8,), "w2": (4, 8), "b2": (4,)}
+    tensors = {name: torch.randn(s, generator=g) for name, s in shapes.items() if bias or name not in ("b1", "b2")}
+    dy = torch.randn(3, 67, 4, generator=g)
+
+    def plain(x, w1, b1, w2, b2):
+        return reference(nn.functional.linear(x, w1, b1), w2, b2)
+
+    def joined(x, w1, b1, w2, b2):
+        return GELU_LINEAR.linear_gelu_linear(x, w1, b1, w2, b2, "none", "cpu")
+
+    def run(function, dtype=torch.float32):
+        leaves = {n: t.to(dtype).requires_grad_(n not in frozen) for n, t in ((n, t.clone()) for n, t in tensors.items())}
+        out = function(*(leaves.get(name) for name in shapes))
+        with torch.no_grad():
+            assert torch.equal(function(*(leaves.get(name) for name in shapes)), out)
+        wanted = [t for t in leaves.values() if t.requires_grad]
+        return [out.detach(), *(torch.autograd.grad(out, wanted, dy.to(dtype)) if wanted else ())]
+
+    results = zip(run(joined), run(plain), run(plain, torch.float64), strict=True)
+    for i, (actual, eager, truth) in enumerate(results):
+        assert_matches(actual, eager, truth, grad=i > 0, dtype=torch.float32, name=f"result {i}")
+
+
+def test_whole_mlp_runs_as_one(monkeypatch):
+    """In a patched model too: its hidden map is never there as a whole, unless one of its two ops is not to run."""
+    model, plain = pair()
+    joined, calls = GELU_LINEAR.linear_gelu_linear, []
+    monkeypatch.setattr("fastconv.patching._run_body.linear_gelu_linear", lambda *args: calls.append(args) or joined(*args))
+    with fastconv.use_backend("cpu"):
+        assert_agree(step(model, images()), step(plain, images()))
+        assert len(calls) == 2 and backends(model).items() >= {"linear": "onednn", "gelu_linear": "cpu"}.items()
+        model[0].mlp.act.register_forward_hook(lambda *_: None)
+        model[1].mlp.fc1.register_forward_hook(lambda *_: None)
+        assert_agree(step(model, images()), step(plain, images()))
+        assert len(calls) == 2
+
+
 def test_pieces_are_all_rows_once():
     for rows, channels in ((0, 8), (1, 0), (5000, 384), (25_088, 384), (6_273, 768), (100_001, 16)):
-        pieces = GELU_LINEAR._pieces(torch.empty(rows, channels, device="cpu"), torch.float32)
+        pieces = GELU_LINEAR._pieces(rows, channels, torch.device("cpu"), torch.float32)
         assert [i for piece in pieces for i in range(rows)[piece]] == list(range(rows))
         assert all(piece.start % GELU_LINEAR.BLOCK == 0 for piece in pieces)
         assert len(pieces) == 1 or min(p.stop - p.start for p in pieces) >= GELU_LINEAR.PIECE_ROWS - GELU_LINEAR.BLOCK
-        assert len(GELU_LINEAR._pieces(torch.empty(rows, channels), torch.bfloat16)) == 1
+        assert len(GELU_LINEAR._pieces(rows, channels, torch.device("cpu"), torch.bfloat16)) == 1
 
 
 def test_derivatives_of_every_order():

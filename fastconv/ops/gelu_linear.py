@@ -78,10 +78,9 @@ PIECE_ROWS = 2048
 BLOCK = 64  # rows: oneDNN's gradients of weights are three times slower at many an odd number of them
 
 
-def _pieces(x: torch.Tensor, dtype: torch.dtype) -> list[slice]:
-    """Of the rows of x; one, unless sums of dweight over pieces are as exact as over all."""
-    rows, channels = x.shape
-    if x.device.type != "cpu" or dtype not in (torch.float32, torch.float64):
+def _pieces(rows: int, channels: int, device: torch.device, dtype: torch.dtype) -> list[slice]:
+    """Of the rows of what the GELU takes; one, unless sums of dweight over pieces are as exact as over all."""
+    if device.type != "cpu" or dtype not in (torch.float32, torch.float64):
         return [slice(0, rows)]
     blocks = -(-rows // BLOCK)
     count = max(1, rows // max(PIECE_ROWS, PIECE_ELEMENTS // max(channels, 1)))
@@ -96,69 +95,87 @@ def _linear(x, weight, bias):
     return as_convolution(x, weight, bias) if convolution_is_faster(x, weight) else F.linear(x, weight, bias)
 
 
-def _forward(x, weight, bias, tanh: bool, dtype, backend):
-    """The op on contiguous x."""
+def _linear_gradients(dout, x, weight, need_dx: bool, need_dweight: bool):
+    """dout weight and dout^T x, each None where it is not needed, by the kernel of _linear. Without need_dweight only x's shape is read."""
+    if not (need_dx or need_dweight):
+        return None, None
+    if convolution_is_faster(x, weight):
+        return gradients(dout, x, weight, need_dx, need_dweight)
+    return dout @ weight if need_dx else None, dout.t() @ x if need_dweight else None
+
+
+def _forward(x, first, weight, bias, tanh: bool, dtype, backend, keep: bool = False):
+    """The op on contiguous x. `first`: weight and bias of a linear layer before, or None; with `keep` its results come back, piece
+    by piece."""
     with without_autocast(x.device):
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
         rows, gelu = _rows(x), _registry.raw("gelu_linear_fwd", backend)
-        pieces = [rows[piece] for piece in _pieces(rows, dtype)]
-        outs = [_linear(gelu(piece.view(-1), tanh, dtype).view(piece.shape), weight, bias) for piece in pieces]
+        hidden, outs = [], []
+        for piece in _pieces(rows.shape[0], weight.shape[1], x.device, dtype):
+            h = rows[piece] if first is None else _linear(rows[piece], *first)
+            outs.append(_linear(gelu(h.view(-1), tanh, dtype).view(h.shape), weight, bias))
+            hidden += [h] if keep else []
         out = torch.cat(outs) if len(outs) > 1 else outs[0]
-        return out.view(*x.shape[:-1], weight.shape[0])
+        return out.view(*x.shape[:-1], weight.shape[0]), hidden
 
 
 class GeluLinear(torch.autograd.Function):
-    """Autograd of gelu_linear; use the function, which checks and chooses the backend."""
+    """Autograd of gelu_linear, with the linear layer before it where first_weight is given; use the functions, which check and
+    choose the backend."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, approximate, dtype, backend):
+    def forward(ctx, x, first_weight, first_bias, weight, bias, approximate, dtype, backend):
         ctx.tanh, ctx.dtype, ctx.backend = approximate == "tanh", dtype, backend
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, weight, bias)
-        return _forward(x, weight, bias, ctx.tanh, dtype, backend).data  # no view, see PointwiseConv
+        first = None if first_weight is None else (first_weight, first_bias)
+        out, hidden = _forward(x, first, weight, bias, ctx.tanh, dtype, backend, keep=first is not None)
+        ctx.save_for_backward(x, first_weight, first_bias, weight, bias, *hidden)
+        return out.data  # no view, see PointwiseConv
 
     @staticmethod
     @first_order_only(OP)
     def backward(ctx, saved, dout):
         if dout is None:
-            return (None,) * 6
-        x, weight, bias = saved
-        need_dx, need_dweight, need_dbias = ctx.needs_input_grad[:3]
-        dout, weight_as = _rows(dout.contiguous()), weight.to(ctx.dtype)
-        rows = _rows(x)
-        pieces = _pieces(rows, ctx.dtype)
+            return (None,) * 8
+        x, first_weight, _, weight, bias, *hidden = saved
+        need_dx, need_dfirst, need_dfirst_bias, need_dweight, need_dbias = ctx.needs_input_grad[:5]
+        need_dhidden = need_dx or need_dfirst or need_dfirst_bias
+        dout, rows, weight_as = _rows(dout.contiguous()), _rows(x), weight.to(ctx.dtype)
+        pieces = _pieces(rows.shape[0], weight.shape[1], x.device, ctx.dtype)
+        hidden = hidden or [rows[piece] for piece in pieces]
         dx = torch.empty_like(rows) if need_dx and len(pieces) > 1 else None
-        dweight = None
-        for piece in pieces:
-            part, y = _backward(dout[piece], rows[piece], weight_as, ctx.tanh, ctx.backend, need_dx, need_dweight)
+        sums = [None] * 3  # dfirst_weight, dfirst_bias, dweight
+        for piece, h in zip(pieces, hidden, strict=True):
+            part, y = _gelu_backward(dout[piece], h, weight_as, ctx.tanh, ctx.backend, need_dhidden, need_dweight)
+            shares = [None, None, _linear_gradients(dout[piece], y, weight_as, False, True)[1] if need_dweight else None]
+            if first_weight is not None:
+                shares[1] = part.sum(0) if need_dfirst_bias else None
+                part, shares[0] = _linear_gradients(part, rows[piece], first_weight, need_dx, need_dfirst)
             if dx is not None:
                 dx[piece] = part
             elif need_dx:
                 dx = part
-            if need_dweight:
-                share = _weight_gradient(dout[piece], y, weight_as)
-                dweight = share if dweight is None else dweight.add_(share)
+            sums = [share if total is None else total.add_(share) for total, share in zip(sums, shares)]
         dbias = dout.sum(0).to(bias.dtype) if need_dbias else None
-        return dx.view(x.shape) if need_dx else None, dweight.to(weight.dtype) if need_dweight else None, dbias, None, None, None
+        dweight = sums[2].to(weight.dtype) if need_dweight else None
+        return dx.view(x.shape) if need_dx else None, *sums[:2], dweight, dbias, None, None, None
 
 
-def _backward(dout, x, weight, tanh: bool, backend, need_dx: bool, need_y: bool):
-    """dx and gelu(x), each None where it is not needed, of rows."""
+def _gelu_backward(dout, x, weight, tanh: bool, backend, need_dx: bool, need_y: bool):
+    """dx and gelu(x) of rows, each None where it is not needed."""
     if need_dx:
-        dy = _input_gradient(dout, x, weight).contiguous()
+        dy = _linear_gradients(dout, x, weight, True, False)[0].contiguous()
         dx, y = _registry.raw("gelu_linear_bwd", backend)(dy.view(-1), x.view(-1), tanh, need_y)
         return dx.view(x.shape), y.view(x.shape) if need_y else None
     return None, _registry.raw("gelu_linear_fwd", backend)(x.view(-1), tanh, weight.dtype).view(x.shape) if need_y else None
 
 
-def _input_gradient(dout, x, weight):
-    """dout weight, by the kernel of the forward; of x only the shape is read."""
-    return gradients(dout, x, weight, True, False)[0] if convolution_is_faster(x, weight) else dout @ weight
-
-
-def _weight_gradient(dout, y, weight):
-    """dout^T y, by the kernel of the forward."""
-    return gradients(dout, y, weight, False, True)[1] if convolution_is_faster(y, weight) else dout.t() @ y
+def linear_gelu_linear(x, first_weight, first_bias, weight, bias, approximate, backend):
+    """gelu_linear(F.linear(x, first_weight, first_bias), weight, bias, approximate) piece by piece: what lies between the layers
+    stays in the caches, and its gradient is never there as a whole. All of one dtype; checked by the caller."""
+    if needs_grad(x, first_weight, first_bias, weight, bias):
+        return GeluLinear.apply(x, first_weight, first_bias, weight, bias, approximate, x.dtype, backend)
+    return _forward(x, (first_weight, first_bias), weight, bias, approximate == "tanh", x.dtype, backend)[0]
 
 
 def gelu_linear(
@@ -204,5 +221,5 @@ def gelu_linear(
             y = F.gelu(x, approximate=approximate).to(dtype)
             return _linear(y, weight.to(dtype), None if bias is None else bias.to(dtype))
     if not needs_grad(x, weight, bias):
-        return _forward(x.contiguous(), weight, bias, approximate == "tanh", dtype, backend)
-    return GeluLinear.apply(x.contiguous(), dense(weight), dense(bias), approximate, dtype, backend)
+        return _forward(x.contiguous(), None, weight, bias, approximate == "tanh", dtype, backend)[0]
+    return GeluLinear.apply(x.contiguous(), None, None, dense(weight), dense(bias), approximate, dtype, backend)

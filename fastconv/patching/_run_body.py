@@ -9,6 +9,7 @@ from torch import nn
 from ..ops import Choice, gelu_linear, global_response_norm, select
 from ..ops._linear import as_convolution, convolution_is_faster
 from ..ops._registry import ORDER, switched_off
+from ..ops.gelu_linear import linear_gelu_linear
 from ._body import GELU_LINEAR, GRN, Body, Fusion
 from ._graph import MASK, Gate, Step
 from ._module import PLAIN, FastModule, Kinds, bypass_reason, child_at, choose, sites_of
@@ -101,13 +102,35 @@ def run_body(
             continue
         layer = child_at(block, leaf) if reroute and leaf in body.linears else None
         if layer is not None and _convolvable(layer, y):
-            y = as_convolution(y, layer.weight, layer.bias)
+            after = starts.get(i + 1)
+            if after is not None and _joins(block, layer, after, y):
+                y = _joined(block, layer, after, y)
+                i = after.stop
+            else:
+                y = as_convolution(y, layer.weight, layer.bias)
+                i += 1
             if not torch.compiler.is_compiling():
                 sites_of(block)["linear"].backend = "onednn"
-        else:
-            y = plain_steps(block, (leaf,), y, mask)
+            continue
+        y = plain_steps(block, (leaf,), y, mask)
         i += 1
     return y
+
+
+def _joins(block: FastModule, layer: nn.Linear, fusion: Fusion, x: torch.Tensor) -> bool:
+    """Whether a linear layer and the gelu_linear after it run as one: where the choice of the latter is that of its own call."""
+    if fusion.op != GELU_LINEAR or torch.compiler.is_compiling():
+        return False
+    weight, bias = _parameters(block, fusion)
+    same = weight.dtype == x.dtype and weight.shape[1] == layer.out_features and (bias is None or bias.dtype == x.dtype)
+    hidden = x.detach()[..., :1].expand(*x.shape[:-1], layer.out_features)  # as what lies between, in all that is looked at
+    return same and select(GELU_LINEAR, hidden, weight, bias).backend == "cpu"
+
+
+def _joined(block: FastModule, layer: nn.Linear, fusion: Fusion, x: torch.Tensor) -> torch.Tensor:
+    weight, bias = _parameters(block, fusion)
+    sites_of(block)[GELU_LINEAR].backend = "cpu"
+    return linear_gelu_linear(x, layer.weight, layer.bias, weight.flatten(1), bias, fusion.gelu, "cpu")
 
 
 def _fits(block: FastModule, fusion: Fusion, y: torch.Tensor) -> bool:
