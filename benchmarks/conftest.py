@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import importlib.util
 import json
+import os
 import pathlib
 import platform
 import shlex
@@ -20,6 +22,7 @@ import fastconv
 ROOT = pathlib.Path(__file__).parent.parent
 ROWS = pytest.StashKey[list]()
 BASELINES = ("eager NCHW", "eager channels_last")
+ENVIRONMENT = ("MALLOC_", "LD_PRELOAD", "OMP_", "KMP_", "FASTCONV_")  # what changes times and is not seen in the command
 MODELS = ("timm:convnext_tiny", "timm:convnextv2_tiny")
 
 
@@ -113,17 +116,26 @@ def _git(*args: str) -> str:
 
 def _facts(config) -> dict:
     device = torch.device(config.getoption("--device"))
-    cpu = f"CPU, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    cpu = f"CPU, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}{_processor()}"
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": (_git("rev-parse", "HEAD") or "unknown") + (" with changes" if _git("status", "--porcelain") else ""),
         "command": shlex.join(["pytest", *map(str, config.invocation_params.args)]),
+        "environment": {name: os.environ[name] for name in sorted(os.environ) if name.startswith(ENVIRONMENT)},
         "torch": torch.__version__,
         "triton": _version("triton"),
         "python": platform.python_version(),
         "fastconv": fastconv.__version__,
     }
+
+
+def _processor() -> str:
+    if importlib.util.find_spec("fastconv._C") is None:
+        return ""
+    from fastconv import _C
+
+    return f", {_C.cpu_vendor()} family {_C.cpu_family()}"
 
 
 def _version(package: str) -> str | None:

@@ -37,6 +37,7 @@ def test_ops_end_to_end(tmp_path):
     assert result.returncode == 0, result.stdout + result.stderr
     assert "2 passed" in result.stdout
     assert record["torch"] == torch.__version__ and "--smoke" in record["command"] and record["date"] and record["commit"]
+    assert record["environment"]["OMP_NUM_THREADS"] == "1"
     rows = {(r["op"], r["pass"], r["entrant"]): r for r in record["rows"]}
     expected = {
         (op, what, entrant)
