@@ -23,7 +23,7 @@ from torchvision.models.convnext import CNBlockConfig
 from transformers import ConvNextV2Config, ConvNextV2Model
 
 import fastconv
-from fastconv.ops import _linear
+from fastconv.ops import _linear, _pieces
 from fastconv.ops.gelu_linear import reference
 from fastconv.testing import assert_matches
 
@@ -181,8 +181,8 @@ def test_layers_around_windows(monkeypatch, library):
 @pytest.mark.parametrize("frozen", [None, "x", "weight"])
 @pytest.mark.parametrize("rows", [0, 1, 64, 200, 321])
 def test_gelu_linear_in_pieces(monkeypatch, frozen, rows):
-    monkeypatch.setattr(GELU_LINEAR, "PIECE_ELEMENTS", 640)
-    monkeypatch.setattr(GELU_LINEAR, "PIECE_ROWS", 64)
+    monkeypatch.setattr(_pieces, "ELEMENTS", 640)
+    monkeypatch.setattr(_pieces, "ROWS", 64)
     monkeypatch.setattr(_linear, "MIN_ROWS", 1)
     g = torch.Generator().manual_seed(0)
     x, weight, bias, dy = (torch.randn(s, generator=g) for s in ((rows, 8), (4, 8), (4,), (rows, 4)))
@@ -208,8 +208,8 @@ def test_gelu_linear_in_pieces(monkeypatch, frozen, rows):
 @pytest.mark.parametrize("bias", [True, False])
 def test_whole_mlp_in_pieces(monkeypatch, frozen, bias):
     """The linear layer before joins: the same values, and each gradient that is wanted."""
-    monkeypatch.setattr(GELU_LINEAR, "PIECE_ELEMENTS", 640)
-    monkeypatch.setattr(GELU_LINEAR, "PIECE_ROWS", 64)
+    monkeypatch.setattr(_pieces, "ELEMENTS", 640)
+    monkeypatch.setattr(_pieces, "ROWS", 64)
     g = torch.Generator().manual_seed(0)
     shapes = {"x": (3, 67, 6), "w1": (8, 6), "b1": (8,), "w2": (4, 8), "b2": (4,)}
     tensors = {name: torch.randn(s, generator=g) for name, s in shapes.items() if bias or name not in ("b1", "b2")}
@@ -250,11 +250,11 @@ def test_whole_mlp_runs_as_one(monkeypatch):
 
 def test_pieces_are_all_rows_once():
     for rows, channels in ((0, 8), (1, 0), (5000, 384), (25_088, 384), (6_273, 768), (100_001, 16)):
-        pieces = GELU_LINEAR._pieces(rows, channels, torch.device("cpu"), torch.float32)
+        pieces = _pieces.pieces_of(rows, channels, torch.device("cpu"), torch.float32)
         assert [i for piece in pieces for i in range(rows)[piece]] == list(range(rows))
-        assert all(piece.start % GELU_LINEAR.BLOCK == 0 for piece in pieces)
-        assert len(pieces) == 1 or min(p.stop - p.start for p in pieces) >= GELU_LINEAR.PIECE_ROWS - GELU_LINEAR.BLOCK
-        assert len(GELU_LINEAR._pieces(rows, channels, torch.device("cpu"), torch.bfloat16)) == 1
+        assert all(piece.start % _pieces.BLOCK == 0 for piece in pieces)
+        assert len(pieces) == 1 or min(p.stop - p.start for p in pieces) >= _pieces.ROWS - _pieces.BLOCK
+        assert len(_pieces.pieces_of(rows, channels, torch.device("cpu"), torch.bfloat16)) == 1
 
 
 def test_derivatives_of_every_order():

@@ -31,6 +31,8 @@ namespace {
 
 #include "grouped_conv_kernel.h"
 
+#include "small_product_kernel.h"
+
 #include "window_attention_kernel.h"
 
 // Picks the accumulation type.

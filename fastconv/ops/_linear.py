@@ -163,3 +163,18 @@ def as_convolution(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | N
     """F.linear(x, weight, bias) by the kernel of a 1x1 convolution."""
     y = PointwiseConv.apply(x.reshape(-1, x.shape[-1]), weight, bias)
     return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def linear(x, weight, bias):
+    """F.linear, as a convolution where that is faster."""
+    return as_convolution(x, weight, bias) if convolution_is_faster(x, weight) else F.linear(x, weight, bias)
+
+
+def linear_gradients(dout, x, weight, need_dx: bool, need_dweight: bool):
+    """dout weight and dout^T x, each None where it is not needed, by the kernel of `linear`. Without need_dweight of x only the
+    shape is read."""
+    if not (need_dx or need_dweight):
+        return None, None
+    if convolution_is_faster(x, weight):
+        return gradients(dout, x, weight, need_dx, need_dweight)
+    return dout @ weight if need_dx else None, dout.t() @ x if need_dweight else None

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from . import _registry
 from ._checks import check_device, check_float, dense, resolve_dtypes, without_autocast
 from ._function import first_order_only, needs_grad
-from ._linear import as_convolution, convolution_is_faster, gradients
+from ._linear import linear, linear_gradients
+from ._pieces import pieces_of, rows_of
 
 OP = "gelu_linear"
 APPROXIMATIONS = ("none", "tanh")
@@ -71,49 +72,16 @@ _registry.define(
 )
 
 
-# On a CPU a long x goes through in pieces of about so many elements, which stay in the caches from pass to pass: fresh memory
-# for a map of its size costs more than the passes over it. With fewer rows at a time, torch's products are slower.
-PIECE_ELEMENTS = 2**20
-PIECE_ROWS = 2048
-BLOCK = 64  # rows: oneDNN's gradients of weights are three times slower at many an odd number of them
-
-
-def _pieces(rows: int, channels: int, device: torch.device, dtype: torch.dtype) -> list[slice]:
-    """Of the rows of what the GELU takes; one, unless sums of dweight over pieces are as exact as over all."""
-    if device.type != "cpu" or dtype not in (torch.float32, torch.float64):
-        return [slice(0, rows)]
-    blocks = -(-rows // BLOCK)
-    count = max(1, rows // max(PIECE_ROWS, PIECE_ELEMENTS // max(channels, 1)))
-    return [slice(blocks * i // count * BLOCK, min(rows, blocks * (i + 1) // count * BLOCK)) for i in range(count)]
-
-
-def _rows(x: torch.Tensor) -> torch.Tensor:
-    return x.view(x.shape[:-1].numel(), x.shape[-1])
-
-
-def _linear(x, weight, bias):
-    return as_convolution(x, weight, bias) if convolution_is_faster(x, weight) else F.linear(x, weight, bias)
-
-
-def _linear_gradients(dout, x, weight, need_dx: bool, need_dweight: bool):
-    """dout weight and dout^T x, each None where it is not needed, by the kernel of _linear. Without need_dweight only x's shape is read."""
-    if not (need_dx or need_dweight):
-        return None, None
-    if convolution_is_faster(x, weight):
-        return gradients(dout, x, weight, need_dx, need_dweight)
-    return dout @ weight if need_dx else None, dout.t() @ x if need_dweight else None
-
-
 def _forward(x, first, weight, bias, tanh: bool, dtype, backend, keep: bool = False):
     """The op on contiguous x. `first`: weight and bias of a linear layer before, or None; with `keep` its results come back, piece
     by piece."""
     with without_autocast(x.device):
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-        rows, gelu = _rows(x), _registry.raw("gelu_linear_fwd", backend)
+        rows, gelu = rows_of(x), _registry.raw("gelu_linear_fwd", backend)
         hidden, outs = [], []
-        for piece in _pieces(rows.shape[0], weight.shape[1], x.device, dtype):
-            h = rows[piece] if first is None else _linear(rows[piece], *first)
-            outs.append(_linear(gelu(h.view(-1), tanh, dtype).view(h.shape), weight, bias))
+        for piece in pieces_of(rows.shape[0], weight.shape[1], x.device, dtype):
+            h = rows[piece] if first is None else linear(rows[piece], *first)
+            outs.append(linear(gelu(h.view(-1), tanh, dtype).view(h.shape), weight, bias))
             hidden += [h] if keep else []
         out = torch.cat(outs) if len(outs) > 1 else outs[0]
         return out.view(*x.shape[:-1], weight.shape[0]), hidden
@@ -140,17 +108,17 @@ class GeluLinear(torch.autograd.Function):
         x, first_weight, _, weight, bias, *hidden = saved
         need_dx, need_dfirst, need_dfirst_bias, need_dweight, need_dbias = ctx.needs_input_grad[:5]
         need_dhidden = need_dx or need_dfirst or need_dfirst_bias
-        dout, rows, weight_as = _rows(dout.contiguous()), _rows(x), weight.to(ctx.dtype)
-        pieces = _pieces(rows.shape[0], weight.shape[1], x.device, ctx.dtype)
+        dout, rows, weight_as = rows_of(dout.contiguous()), rows_of(x), weight.to(ctx.dtype)
+        pieces = pieces_of(rows.shape[0], weight.shape[1], x.device, ctx.dtype)
         hidden = hidden or [rows[piece] for piece in pieces]
         dx = torch.empty_like(rows) if need_dx and len(pieces) > 1 else None
         sums = [None] * 3  # dfirst_weight, dfirst_bias, dweight
         for piece, h in zip(pieces, hidden, strict=True):
             part, y = _gelu_backward(dout[piece], h, weight_as, ctx.tanh, ctx.backend, need_dhidden, need_dweight)
-            shares = [None, None, _linear_gradients(dout[piece], y, weight_as, False, True)[1] if need_dweight else None]
+            shares = [None, None, linear_gradients(dout[piece], y, weight_as, False, True)[1] if need_dweight else None]
             if first_weight is not None:
                 shares[1] = part.sum(0) if need_dfirst_bias else None
-                part, shares[0] = _linear_gradients(part, rows[piece], first_weight, need_dx, need_dfirst)
+                part, shares[0] = linear_gradients(part, rows[piece], first_weight, need_dx, need_dfirst)
             if dx is not None:
                 dx[piece] = part
             elif need_dx:
@@ -164,7 +132,7 @@ class GeluLinear(torch.autograd.Function):
 def _gelu_backward(dout, x, weight, tanh: bool, backend, need_dx: bool, need_y: bool):
     """dx and gelu(x) of rows, each None where it is not needed."""
     if need_dx:
-        dy = _linear_gradients(dout, x, weight, True, False)[0].contiguous()
+        dy = linear_gradients(dout, x, weight, True, False)[0].contiguous()
         dx, y = _registry.raw("gelu_linear_bwd", backend)(dy.view(-1), x.view(-1), tanh, need_y)
         return dx.view(x.shape), y.view(x.shape) if need_y else None
     return None, _registry.raw("gelu_linear_fwd", backend)(x.view(-1), tanh, weight.dtype).view(x.shape) if need_y else None
@@ -220,7 +188,7 @@ def gelu_linear(
     if torch.compiler.is_compiling():
         with without_autocast(x.device):
             y = F.gelu(x, approximate=approximate).to(dtype)
-            return _linear(y, weight.to(dtype), None if bias is None else bias.to(dtype))
+            return linear(y, weight.to(dtype), None if bias is None else bias.to(dtype))
     if not needs_grad(x, weight, bias):
         return _forward(x.contiguous(), None, weight, bias, approximate == "tanh", dtype, backend)[0]
     return GeluLinear.apply(x.contiguous(), None, None, dense(weight), dense(bias), approximate, dtype, backend)

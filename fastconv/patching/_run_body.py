@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..ops import Choice, gelu_linear, global_response_norm, select
+from ..ops import Choice, _linear, gelu_linear, global_response_norm, select
 from ..ops._linear import as_convolution, convolution_is_faster
 from ..ops._registry import ORDER, switched_off
 from ..ops.gelu_linear import linear_gelu_linear
@@ -186,9 +186,7 @@ def _fused(block: FastModule, fusion: Fusion, y: torch.Tensor) -> torch.Tensor:
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """F.linear, as a convolution where that is faster."""
     plain = type(x) in PLAIN and type(weight) in PLAIN and type(bias) in (*PLAIN, type(None))
-    if plain and not switched_off("linear") and convolution_is_faster(x, weight):
-        return as_convolution(x, weight, bias)
-    return F.linear(x, weight, bias)
+    return (_linear.linear if plain and not switched_off("linear") else F.linear)(x, weight, bias)
 
 
 def linear_layer(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
