@@ -42,6 +42,8 @@ def test_window_attention(model, site, pytestconfig, race, clock, bandwidth):
     case = testing.Case("window_attention", (batch, size, size, C), heads=heads, without=without, **pairs)
     inputs = testing.make_inputs(case, dtype, clock.device)
     fused = {"ours": ops.window_attention}
+    if not option("--no-compile"):
+        fused["ours + compile"] = compiled(ops.window_attention)
     gate(case, dtype, inputs, fused)
     entrants = {"eager channels_last": laps(reference, inputs)}
     if not option("--no-compile"):

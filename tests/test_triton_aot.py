@@ -167,14 +167,16 @@ def test_no_kernel_spills(variant):
     elif variant[0] == "window_attention":
         expected.add("window_attention_fold_kernel")
     assert kernels == expected
+    narrow = ("_sums_kernel", "_fold_kernel")  # those read kilobytes
+    if variant[0] == "window_attention":
+        narrow += ("reduce_kernel",)  # rows of N * N values, an odd number for windows of 7
+    ragged = variant[0] == "squeeze_excite" and SIZES[variant[1]] ** 2 % 16 != 0  # planes of NCHW, that begin at any element
     for found in compiled:
         print(found)
         assert not spills(found), found
-        narrow = ("_sums_kernel", "_fold_kernel")  # those read kilobytes
-        if variant[0] == "window_attention":
-            narrow += ("reduce_kernel",)  # rows of N * N values, an odd number for windows of 7
+        same = [other["wide_loads"] for other in compiled if (other["kernel"], other["arch"]) == (found["kernel"], found["arch"])]
         if variant[1] % 8 == 0 and not found["kernel"].endswith(narrow):
-            assert found["wide_loads"] > 0, found
+            assert (max(same) if ragged else found["wide_loads"]) > 0, found
 
 
 def test_the_gate_sees_spills():

@@ -158,6 +158,8 @@ def bwd(dy, x, weight, norm_weight, z, mean, rstd, dshortcut, need_dx, need_dwei
         dnorm_weight.zero_(), dnorm_bias.zero_()
     elif need_dz or need_dnorm:
         cfg = config(C)
+        if C % 8:  # addresses and masks of single elements: with as many rows some registers spill
+            cfg["BLOCK_N"] = max(1, cfg["BLOCK_N"] // 2)
         blocks = triton.cdiv(C, cfg["BLOCK_C"])
         slice_rows, slices = rows_per_slice(rows, cfg["BLOCK_N"], blocks)
         partial = x.new_empty((slices, 2, C), dtype=torch.float32) if need_dnorm else None
