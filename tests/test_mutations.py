@@ -114,6 +114,7 @@ MUTANTS |= {
     "bias of the pair turned round": (WINDOW, "row = (a - c + p.wh - 1)", "row = (c - a + p.wh - 1)", ONLY),
     "first lanes of pad_bias again": (WINDOW, "load_lanes<A>(pad + d, lanes)", "load_lanes<A>(pad, lanes)", ONLY),
     "gradient of pad_bias of the last token alone": (WINDOW, "store(sum + d, load(sum + d) + load(rows", "store(sum + d, load(rows", ONLY),
+    "left-over key not in the sum": (WINDOW, "Nv < N ? load(inverse + r) + load(last + r) : load", "load", ONLY),
     "norm without gradient": (WINDOW, "load(row + d) * along)", "load(row + d) * A(0))", ONLY),
     "slice of windows lost": ("window_attention.cpp", "slice < p.slices; ++slice", "slice + 1 < p.slices; ++slice", ONLY),
 }
