@@ -88,11 +88,12 @@ def test_small_copies(probe):
     assert torch.equal(y, x)
 
 
+@pytest.mark.parametrize("halves", (0, 1), ids=("m16n8k16", "m16n8k8"))
 @pytest.mark.parametrize("by_address", (0, 1), ids=("by the layout", "by ldmatrix"))
 @pytest.mark.parametrize(("name", "dtype"), (("bf16", torch.bfloat16), ("fp16", torch.float16)))
-def test_mma(probe, name, dtype, by_address):
+def test_mma(probe, name, dtype, by_address, halves):
     a, b, c = torch.randn(16, 16).to(dtype), torch.randn(16, 8).to(dtype), full(16, 8)
-    assert probe(f"mma_{name}", a, b, c, by_address) == 0
+    assert probe(f"mma_{name}", a, b, c, by_address, halves) == 0
     torch.testing.assert_close(c.double(), a.double() @ b.double(), rtol=1e-6, atol=1e-6)
 
 
@@ -362,10 +363,10 @@ def test_wavefronts_of_bank_conflicts(simulator, probe):
 
 def test_mma_and_ldmatrix_calls(simulator, probe):
     a, b = torch.zeros(16, 16, dtype=torch.bfloat16), torch.zeros(16, 8, dtype=torch.bfloat16)
-    launch = counted(simulator, probe, "mma_bf16", a, b, full(16, 8), 1)
-    assert (launch.mma, launch.ldmatrix) == (1, 2)
+    launch = counted(simulator, probe, "mma_bf16", a, b, full(16, 8), 1, 0)
+    assert (launch.mma, launch.mma_fma, launch.ldmatrix) == (1, 16 * 8 * 16, 2)
     left, right = sorted((line for line in launch.lines if line[2:4] == ("shared", "read")), key=lambda line: line.line)
     assert (left.wavefronts, left.ideal) == (8, 4)  # rows 32 bytes apart: 8 of them meet the banks twice
     assert (right.wavefronts, right.ideal) == (2, 2)  # rows 16 bytes apart
-    launch = counted(simulator, probe, "mma_bf16", a, b, full(16, 8), 0)
-    assert (launch.mma, launch.ldmatrix) == (1, 0)
+    launch = counted(simulator, probe, "mma_bf16", a, b, full(16, 8), 0, 1)
+    assert (launch.mma, launch.mma_fma, launch.ldmatrix) == (2, 16 * 8 * 16, 0)

@@ -145,11 +145,28 @@ class Counted(NamedTuple):
     stride: int = 1
 
 
-def fma_an_output(width: int) -> float:
-    """Of an mma, with groups of 2 and 4 packed, others padded to 8 channels, and nine taps to pairs of slots of 8."""
+def fma_an_output(name: str, width: int, stride: int) -> float:
+    """Of all mma, on tiles that are full: groups of 2 and 4 packed, outputs padded to 8 channels, nine taps of slots of 8 inputs."""
     unit = 8 if 8 % width == 0 else width
     parts = math.ceil(unit / 8)
-    return 16 * math.ceil(9 * parts / 2) * 8 * parts / unit
+    slots = 9 * parts
+    if name == "dweight":  # always whole pairs
+        slots = 2 * math.ceil(slots / 2)
+    elif stride == 1 and unit > 8 and unit % 8 in (2, 4):  # of a row of taps together
+        slots = 3 * (3 * (parts - 1) + math.ceil(3 * (unit % 8) / 8))
+    return 8 * slots * 8 * parts / unit
+
+
+def formula(width: int) -> float:
+    """Fewest that an mma with a depth of 16 takes: no input padded but at the end of all taps."""
+    unit = max(8, width) if 8 % width == 0 else width
+    return 16 * math.ceil(9 * unit / 16) * 8 * math.ceil(unit / 8) / unit
+
+
+def test_few_products_are_of_padding():
+    for width in (*WIDTHS, 18):
+        for stride in (1, 2) if width % 8 in (0, 2 * (width == 2), 4 * (width == 4)) else (1,):
+            assert fma_an_output("fwd", width, stride) <= 1.13 * formula(width), (width, stride)
 
 
 STAGES = (
@@ -160,13 +177,23 @@ STAGES = (
     Counted((1, 28, 28, 48), 24),  # RegNetY-800MF
     Counted((2, 28, 28, 80), 10),
     Counted((2, 28, 28, 48), 12),
+    Counted((2, 28, 28, 60), 20),
+    Counted((1, 28, 28, 48), 6),
     Counted((1, 56, 56, 64), 4, 2),
     Counted((2, 28, 28, 48), 24, 2),
 )
-QUICK_STAGES = (0, 4, 8)
+QUICK_STAGES = (0, 4, 5, 10)
 PIECES = "cuda/grouped_conv_mma.cuh"
-# Where lanes pick their filters, once a block: with conflicts, which a whole tile hides.
-PICK = next(i for i, line in enumerate((build.CSRC / PIECES).read_text().splitlines(), 1) if "const auto load = [&](int element)" in line)
+KERNEL = "cuda/grouped_conv_mma_kernel.cu"
+
+
+def place(file: str, text: str) -> tuple[str, int]:
+    return "csrc/" + file, next(i for i, line in enumerate((build.CSRC / file).read_text().splitlines(), 1) if text in line)
+
+
+# Passes of shared memory over those without conflicts. Where lanes pick their filters it is once a block, which a whole tile hides;
+# words of left channels meet those of eight pixels further on.
+CONFLICTS = {place(PIECES, "const auto load = [&](int element)"): math.inf, place(KERNEL, "a[strip] = load_shared"): 2}
 
 
 @pytest.mark.parametrize(
@@ -181,7 +208,7 @@ def test_counters(stage):
     (_, (x, *_), (y,)), (_, (dy, _, *_), (dx, *_)) = recorded.calls
     floor = 2 * (x.numel() + y.numel())
     for name, launch, maps in zip(("fwd", "dx", "dweight"), launches, ((x, y), (dy, dx), (x, dy))):
-        fma, least = launch.mma * 16 * 8 * 16 / y.numel(), fma_an_output(stage.width)
+        fma, least = launch.mma_fma / y.numel(), fma_an_output(name, stage.width, stage.stride)
         # Of the maps alone: parameters and partial sums do not count.
         distinct = total = 0
         for pairs, t in itertools.product(launch.sectors.values(), maps):
@@ -194,14 +221,15 @@ def test_counters(stage):
         )
         assert least - 1e-6 <= fma <= 1.2 * least, (name, fma)
         assert 0.999 <= distinct <= 1.05 and total <= 1.6, (name, distinct, total)
-        tiles = [line for line in launch.lines if line.space == "shared" and (line.file, line.line) != ("csrc/" + PIECES, PICK)]
-        assert len(tiles) >= 3 and all(line.wavefronts <= 1.2 * line.ideal for line in tiles), (name, tiles)
+        tiles = [line for line in launch.lines if line.space == "shared"]
+        assert len(tiles) >= 3, (name, tiles)
+        for line in tiles:
+            assert line.wavefronts <= CONFLICTS.get((line.file, line.line), 1.2) * line.ideal, (name, line)
 
 
 # --- seeded bugs
 
 
-KERNEL = "cuda/grouped_conv_mma_kernel.cu"
 STRIDED, WGRAD = "cuda/grouped_conv_mma_strided_kernel.cu", "cuda/grouped_conv_mma_wgrad_kernel.cu"
 EXACT, LARGE = "integers:2x17x21x40x4x1x1x1,3x9x7x72x24x1x0x2", "integers:2x19x23x40x8x2x1x0"
 
@@ -218,7 +246,12 @@ FAULTS = {
     "filters not transposed": Fault(
         Bug(PIECES, "((c + in) * g.width + out - group) * K2 + tap", "((c + out) * g.width + in - group) * K2 + tap"), EXACT, "dx is wrong"
     ),
-    "last row of taps lost": Fault(Bug(KERNEL, "kh + 1 == K);", "kh + 1 == K), acc[0][0] += kh + 1 == K;"), EXACT, "out is wrong"),
+    "last row of taps lost": Fault(
+        Bug(KERNEL, "if constexpr (Slots::kOdd) mma", "if (Slots::kOdd && kh + 1 < K) mma"), EXACT, "out is wrong"
+    ),
+    "left channels of one tap": Fault(
+        Bug(KERNEL, "(at.kw < K ? at.kw : 0) * GroupedBlock<kParts>::kPitch + ", ""), "integers:2x9x7x30x10x1x1x1", "out is wrong"
+    ),
     "one partial for all slices": Fault(
         Bug(WGRAD, "p.partial + slice * g.C * (g.width * K * K + 1)", "p.partial"), EXACT, "dweight is wrong|not finite"
     ),

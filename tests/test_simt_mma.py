@@ -216,7 +216,7 @@ def test_counters(stage, C):
     for name, floor, convolutions in (("fwd", 2, 1), ("bwd", 3, 2)):
         traffic = found[name]
         first = traffic.launches[0]
-        fma = first.mma * 16 * 8 * 16 / (N * H * W * C) / convolutions
+        fma = first.mma_fma / (N * H * W * C) / convolutions
         least = 112 * 8 * math.ceil(W / 8) / W
         shared = {field: first.sum(field, space="shared") for field in ("wavefronts", "ideal")}
         main = [line for line in first.lines if line.space == "shared" and line.accesses >= first.ldmatrix / 4]
@@ -243,7 +243,7 @@ def test_the_cost_model_has_these_counters(stage, tiles):
     for kind, name in (("forward", "fwd"), ("backward", "bwd")):
         committed, traffic = model["COUNTERS"][kind, stage], found[name]
         first = traffic.launches[0]
-        fma, passes = (n / (N * H * W * C) for n in (first.mma * 16 * 8 * 16, first.sum("wavefronts", space="shared")))
+        fma, passes = (n / (N * H * W * C) for n in (first.mma_fma, first.sum("wavefronts", space="shared")))
         print(f"stage {stage} {kind}: rest {traffic.rest:.3f}, {fma:.1f} FMA and {passes:.3f} passes an output")
         assert (committed.activations, committed.rows) == (round(traffic.distinct), staged)
         assert committed.outputs == N * H * W // t.count

@@ -54,7 +54,7 @@ def test_traffic(stage, wide):
     for wanted, floor in ((None, 3), ((), 2)):
         traffic = count("depthwise_conv_norm", STAGES[stage], wanted, wide=wide)["fwd"]
         (launch,) = traffic.launches
-        fma = launch.mma * 16 * 8 * 16 / (N * H * W * C)
+        fma = launch.mma_fma / (N * H * W * C)
         print(
             f"stage {stage} {floor}: distinct {traffic.distinct:.3f}, total {traffic.total:.3f}, rest {traffic.rest:.3f}, {fma:.1f} FMA, "
             f"{wavefronts(launch):.3f} wavefronts, {launch.threads} threads, {launch.shared_bytes} bytes, {launch.blocks} blocks"
@@ -76,7 +76,7 @@ def test_the_cost_model_has_these_counters(stage):
     shape = (4, *STAGES[stage][1:])
     traffic, committed, outputs = count("depthwise_conv_norm", shape)["fwd"], model["JOINED"][stage], math.prod(shape)
     (launch,) = traffic.launches
-    measured = (traffic.rest, launch.mma * 16 * 8 * 16 / outputs, launch.sum("wavefronts", space="shared") / outputs)
+    measured = (traffic.rest, launch.mma_fma / outputs, launch.sum("wavefronts", space="shared") / outputs)
     assert (committed.activations, committed.outputs) == (round(traffic.distinct), outputs // shape[3] // launch.blocks)
     assert (committed.rest, committed.fma, committed.passes) == pytest.approx(measured, rel=0.02)
     for joined in (True, False):

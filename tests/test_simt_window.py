@@ -239,7 +239,7 @@ def test_counters(window):
                 inside |= (counted[:, 0] >= t.data_ptr() // 32) & (counted[:, 0] <= last // 32)
             distinct, total = distinct + 32 * inside.sum(), total + 32 * int(counted[inside, 1].sum())
         distinct, total = (n / inputs.dout.numel() for n in (distinct, total))
-        fma = launch.mma * 16 * 8 * 16 / pairs
+        fma = launch.mma_fma / pairs
         wavefronts = launch.sum("wavefronts", space="shared") / (pairs / case.C * case.heads) * 128
         ideal = launch.sum("ideal", space="shared") / (pairs / case.C * case.heads) * 128
         print(

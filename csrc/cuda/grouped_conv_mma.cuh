@@ -1,8 +1,7 @@
 // The pieces of a grouped convolution on tensor cores: tiles in shared memory, pixel by pixel, and fragments from them.
 // T is bfloat16 or float16. README.md draws it.
 //
-// A slot is 8 channels of a unit at one tap column kw. A row of taps has K kParts of them, and two are the K of an mma: `pairs`.
-// Where their number is odd, the last slots of two rows make a pair of their own.
+// A slot is 8 channels of a unit at one tap column kw, and two are the K of an mma: a pair. A row of taps has K kParts of them.
 #pragma once
 
 #include "../geometry.h"
@@ -118,9 +117,6 @@ FC_DEVICE void store_outputs(const MutableArray& y, const GroupedGrid& g, int64_
 
 // --- fragments
 
-template <int K, int kParts> constexpr int kPairs = K * kParts / 2;
-template <int K, int kParts> constexpr int kLasts = K * kParts % 2 ? (K + 1) / 2 : 0;  // pairs of last slots in K rows of taps
-
 // Bytes from a pixel of the window to slot `slot` of its unit, in the row of the tap.
 template <int kParts, int kStride> FC_DEVICE int slot_byte(const GroupedGrid& g, int slot) {
   const int kw = slot / kParts;
@@ -129,18 +125,6 @@ template <int kParts, int kStride> FC_DEVICE int slot_byte(const GroupedGrid& g,
 // Bytes to column `column` of strip `strip`.
 template <int kParts, int kStride> FC_DEVICE int strip_byte(const GroupedGrid& g, int strip, int column) {
   return (strip * (g.images == 2 ? g.window.image_columns / kStride : kStrip) + column) * GroupedBlock<kParts>::kPitch;
-}
-
-// The pixels of a row of the window, two slots at a time. Lanes of ldmatrix that give the second slot have `second`; `row`: what
-// the lane reads of the first. kTrans: channels by pixels, else pixels by channels.
-template <int kParts, int kStride, bool kTrans>
-FC_DEVICE void load_pair(const GroupedGrid& g, const unsigned char* row, bool second, int i, uint32_t (&pair)[4]) {
-  ldmatrix<kTrans>(pair, row + (second ? slot_byte<kParts, kStride>(g, 2 * i + 1) : slot_byte<kParts, kStride>(g, 2 * i)));
-}
-// The last slot of a row and of the one that lies `next` bytes further on.
-template <int K, int kParts, int kStride, bool kTrans>
-FC_DEVICE void load_last(const GroupedGrid& g, const unsigned char* row, bool second, int next, uint32_t (&last)[4]) {
-  ldmatrix<kTrans>(last, row + slot_byte<kParts, kStride>(g, K * kParts - 1) + (second ? next : 0));
 }
 
 // --- filters
@@ -214,12 +198,6 @@ FC_DEVICE void load_bias(const Array& bias, const GroupedGrid& g, int c, const G
     const int channel = own.first + threadIdx.x % 4 * 2 + i;
     values[i] = load_array<1>(bias, c + channel, bias.data && channel < g.unit && c + channel < g.C)[0];
   }
-}
-
-// Two slots, or the first of them alone: then the other's place may hold anything.
-template <class T> FC_DEVICE void mma_slots(float (&acc)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], bool alone) {
-  const uint32_t slots[4] = {a[0], a[1], alone ? 0 : a[2], alone ? 0 : a[3]};
-  mma_m16n8k16<T>(acc, slots, b);
 }
 
 // Sums of a row of two strips; `to`: this lane's two channels of its pixel of the first.

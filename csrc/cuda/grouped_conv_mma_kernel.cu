@@ -7,34 +7,61 @@
 namespace fastconv::cuda {
 namespace {
 
-// Filters of a warp in the layout of b: rows are two slots of inputs, columns the 8 outputs.
-template <int K, int kParts> struct Filters {
-  uint32_t pair[K][kPairs<K, kParts>][2], last[kLasts<K, kParts> + 1][2];
+// The slots of a row of taps. Where a unit ends in kLeft channels past whole slots, 2 or 4, those of a row share slots.
+template <int K, int kParts, int kLeft> struct Row {
+  static constexpr int kWhole = kParts - (kLeft > 0), kOwn = K * kWhole;  // slots: of a tap, of all
+  static constexpr int kCount = kOwn + (K * kLeft + 7) / 8, kPairs = kCount / 2;
+  static constexpr bool kOdd = kCount % 2;
+
+  // A lane's two inputs of a slot: channels `in` and the next of tap column kw, or of none from K on.
+  struct Inputs {
+    int kw, in;
+  };
+  FC_DEVICE static Inputs inputs(int slot) {
+    const int two = threadIdx.x % 4 * 2, at = (slot - kOwn) * 8 + two;
+    if (kLeft == 0 || slot < kOwn) return {slot / kWhole, slot % kWhole * 8 + two};
+    return {at / (kLeft + !kLeft), kWhole * 8 + at % (kLeft + !kLeft)};
+  }
+  // Bytes from a pixel to a slot of one tap's own.
+  FC_DEVICE static int byte(int slot) { return slot / kWhole * GroupedBlock<kParts>::kPitch + slot % kWhole * 16; }
+  // A slot of the window's 16 pixels from `row` on, of this lane in ldmatrix, and `pixel`, of its fragment.
+  FC_DEVICE static void load(const GroupedGrid& g, const unsigned char* row, const unsigned char* pixel, int slot, uint32_t (&a)[2]) {
+    if (slot < kOwn) return ldmatrix(a, row + byte(slot));
+    const Inputs at = inputs(slot);
+    const unsigned char* const from = pixel + (at.kw < K ? at.kw : 0) * GroupedBlock<kParts>::kPitch + at.in * 2;
+#pragma unroll
+    for (int strip = 0; strip < 2; ++strip)
+      a[strip] = load_shared<uint32_t>(reinterpret_cast<const uint32_t*>(from + strip_byte<kParts, 1>(g, strip, 0)), at.kw < K);
+  }
 };
 
-template <class T, int K, int kParts>
+// Filters of a warp in the layout of b: rows are inputs, columns the 8 outputs.
+template <int K, class Slots> struct Filters {
+  uint32_t pair[K][Slots::kPairs][2], odd[K];
+};
+
+template <class T, int K, int kParts, class Slots>
 FC_DEVICE void load_filters(const GroupedConvParams& p, const GroupedGrid& g, int64_t c0, int c, const T* filters,
-                            const GroupedOwn<kParts>& own, Filters<K, kParts>& f) {
-  const int lane = threadIdx.x % kWarp, out = own.first + lane / 4, in = lane % 4 * 2;
-  const auto word = [&](int kh, int slot) {
-    const int i = slot % kParts * 8 + in, here = kh * K + slot / kParts, tap = p.transposed ? K * K - 1 - here : here;
-    return kh < K ? filter_pair(p, g, c0, c, filters, out, i, tap) : 0;
+                            const GroupedOwn<kParts>& own, Filters<K, Slots>& f) {
+  const int out = own.first + threadIdx.x % kWarp / 4;
+  const auto word = [&](int kh, int slot) -> uint32_t {
+    const auto at = Slots::inputs(slot);
+    if (at.kw >= K) return 0;
+    const int here = kh * K + at.kw, tap = p.transposed ? K * K - 1 - here : here;
+    return filter_pair(p, g, c0, c, filters, out, at.in, tap);
   };
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
+  for (int kh = 0; kh < K; ++kh) {
 #pragma unroll
-    for (int kh = 0; kh < K; ++kh)
-#pragma unroll
-      for (int pair = 0; pair < kPairs<K, kParts>; ++pair) f.pair[kh][pair][i] = word(kh, 2 * pair + i);
-#pragma unroll
-    for (int last = 0; last < kLasts<K, kParts>; ++last) f.last[last][i] = word(2 * last + i, K * kParts - 1);
+    for (int pair = 0; pair < Slots::kPairs; ++pair) f.pair[kh][pair][0] = word(kh, 2 * pair), f.pair[kh][pair][1] = word(kh, 2 * pair + 1);
+    if constexpr (Slots::kOdd) f.odd[kh] = word(kh, Slots::kCount - 1);
   }
 }
 
-template <class T, int K, int kParts>
+template <class T, int K, int kParts, int kLeft>
 __global__ void __launch_bounds__(GroupedBlock<kParts>::kThreads, 2) grouped_conv_mma_kernel(GroupedConvParams p, GroupedGrid g) {
   using Block = GroupedBlock<kParts>;
-  constexpr bool kOdd = kLasts<K, kParts> > 0;
+  using Slots = Row<K, kParts, kLeft>;
   FC_DYNAMIC_SHARED(window);
   unsigned char* const outputs = window + g.window.rows * g.window.columns * Block::kPitch;
   const int64_t slice = blockIdx.x / g.chunks, c0 = static_cast<int64_t>(blockIdx.x % g.chunks) * Block::kUnits * g.unit;
@@ -47,7 +74,7 @@ __global__ void __launch_bounds__(GroupedBlock<kParts>::kThreads, 2) grouped_con
   GroupedPlace at = place_of(g, tile);
   T* const filters = reinterpret_cast<T*>(window);
   stage_filters<T, kParts>(p, g, c0, filters);
-  Filters<K, kParts> f;
+  Filters<K, Slots> f;
   load_filters(p, g, c0, c, filters, own, f);
   sync_threads();  // the first tile goes to where the filters are
   stage_input<kParts, 1>(p.x, g, at, c0, window);
@@ -55,6 +82,7 @@ __global__ void __launch_bounds__(GroupedBlock<kParts>::kThreads, 2) grouped_con
   load_bias(p.bias, g, c, own, bias);
   const bool second = lane / 16;
   const unsigned char* const first = window + strip_byte<kParts, 1>(g, lane / 8 % 2, lane % 8) + unit_byte;
+  const unsigned char* const first_pixel = window + strip_byte<kParts, 1>(g, 0, lane / 4) + unit_byte;
   unsigned char* const mine = outputs + lane / 4 * Block::kPitch + unit_byte + (own.first + lane % 4 * 2) * 2;
   const int rows = c < g.C ? g.rows + K - 1 : 0;  // a warp past the last channel has nothing to do
 
@@ -65,18 +93,26 @@ __global__ void __launch_bounds__(GroupedBlock<kParts>::kThreads, 2) grouped_con
     float acc[K][4] = {};
 #pragma unroll 1
     for (int r = 0; r < rows; ++r) {
-      const unsigned char* const row = first + r * row_bytes;
-      uint32_t pairs[kPairs<K, kParts>][4], last[4];
+      const unsigned char *const row = first + r * row_bytes, *const pixel = first_pixel + r * row_bytes;
+      uint32_t pairs[Slots::kPairs][4], odd[2];
 #pragma unroll
-      for (int i = 0; i < kPairs<K, kParts>; ++i) load_pair<kParts, 1, false>(g, row, second, i, pairs[i]);
-      if constexpr (kOdd) load_last<K, kParts, 1, false>(g, row, second, r + 1 < rows ? row_bytes : 0, last);
+      for (int i = 0; i < Slots::kPairs; ++i) {
+        if (2 * i + 1 < Slots::kOwn) {
+          ldmatrix(pairs[i], row + (second ? Slots::byte(2 * i + 1) : Slots::byte(2 * i)));
+          continue;
+        }
+        uint32_t left[2], right[2];
+        Slots::load(g, row, pixel, 2 * i, left);
+        Slots::load(g, row, pixel, 2 * i + 1, right);
+        pairs[i][0] = left[0], pairs[i][1] = left[1], pairs[i][2] = right[0], pairs[i][3] = right[1];
+      }
+      if constexpr (Slots::kOdd) Slots::load(g, row, pixel, Slots::kCount - 1, odd);
 #pragma unroll
       for (int kh = 0; kh < K; ++kh) {
         if (r < kh || r - kh >= g.rows) continue;
 #pragma unroll
-        for (int i = 0; i < kPairs<K, kParts>; ++i) mma_m16n8k16<T>(acc[K - 1 - kh], pairs[i], f.pair[kh][i]);
-        if constexpr (kOdd)
-          if (kh % 2 == 0) mma_slots<T>(acc[K - 1 - kh], last, f.last[kh / 2], kh + 1 == K);
+        for (int i = 0; i < Slots::kPairs; ++i) mma_m16n8k16<T>(acc[K - 1 - kh], pairs[i], f.pair[kh][i]);
+        if constexpr (Slots::kOdd) mma_m16n8k8<T>(acc[K - 1 - kh], odd, f.odd[kh]);
       }
       if (r >= K - 1) {
         const int o = r - (K - 1);
@@ -108,18 +144,19 @@ __global__ void __launch_bounds__(GroupedBlock<kParts>::kThreads, 2) grouped_con
   }
 }
 
-template <class T, int kParts> int launch_conv(const GroupedConvParams& p, Stream stream) {
+template <class T, int kParts, int kLeft = 0> int launch_conv(const GroupedConvParams& p, Stream stream) {
   using Block = GroupedBlock<kParts>;
   const GroupedConvShape s = p.transposed ? p.shape.transposed() : p.shape;
   const GroupedGrid g = grouped_grid(s, false, grouped_slices(s, false), grouped_piece(s, p.x, p.y));
-  return launch(grouped_conv_mma_kernel<T, 3, kParts>, dim3(static_cast<unsigned>(g.slices * g.chunks)), dim3(Block::kThreads),
+  return launch(grouped_conv_mma_kernel<T, 3, kParts, kLeft>, dim3(static_cast<unsigned>(g.slices * g.chunks)), dim3(Block::kThreads),
                 grouped_shared_with_filters(s, g, Block::kPitch), stream, p, g);
 }
 template <class T> int launch_conv(const GroupedConvParams& p, Stream stream) {
+  const int64_t left = p.shape.width() % 8;
   switch (grouped_channels(p.shape.width()).parts) {
     case 1: return launch_conv<T, 1>(p, stream);
-    case 2: return launch_conv<T, 2>(p, stream);
-    case 3: return launch_conv<T, 3>(p, stream);
+    case 2: return left == 2 ? launch_conv<T, 2, 2>(p, stream) : left == 4 ? launch_conv<T, 2, 4>(p, stream) : launch_conv<T, 2>(p, stream);
+    case 3: return left == 2 ? launch_conv<T, 3, 2>(p, stream) : left == 4 ? launch_conv<T, 3, 4>(p, stream) : launch_conv<T, 3>(p, stream);
     default: return launch_conv<T, 4>(p, stream);
   }
 }

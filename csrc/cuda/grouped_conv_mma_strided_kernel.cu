@@ -99,12 +99,18 @@ __global__ void __launch_bounds__(GroupedBlock<kParts>::kThreads, 2) grouped_con
         float acc[4] = {};
 #pragma unroll
         for (int i = 0; i < Class::pairs(q); ++i) {
-          const int last = Class::taps(q) * kParts - 1, left = 2 * i, right = left < last ? left + 1 : left;
+          const int last = Class::taps(q) * kParts - 1, left = 2 * i, right = left + 1;
           const int left_byte = Class::byte(g, row_bytes, q, left / kParts) + left % kParts * 16;
+          if (left == last) {
+            uint32_t a[2];
+            ldmatrix(a, row + left_byte);
+            mma_m16n8k8<T>(acc, a, f[q][i][0]);
+            continue;
+          }
           const int right_byte = Class::byte(g, row_bytes, q, right / kParts) + right % kParts * 16;
           uint32_t a[4];
           ldmatrix(a, row + (second ? right_byte : left_byte));
-          mma_slots<T>(acc, a, f[q][i], left == last);
+          mma_m16n8k16<T>(acc, a, f[q][i]);
         }
         if constexpr (kParts == 1) {
           if (g.width < g.unit && warp_any(!finite(acc))) {

@@ -9,6 +9,21 @@
 namespace fastconv::cuda {
 namespace {
 
+template <int K, int kParts> constexpr int kPairs = K * kParts / 2;  // of a row of taps; if its slots are odd in number,
+template <int K, int kParts> constexpr int kLasts = K * kParts % 2 ? (K + 1) / 2 : 0;  // the last slots of two rows make a pair
+
+// The pixels of a row of the window, channels by pixels, two slots at a time. Lanes of ldmatrix that give the second slot have
+// `second`; `row`: what the lane reads of the first.
+template <int kParts, int kStride>
+FC_DEVICE void load_pair(const GroupedGrid& g, const unsigned char* row, bool second, int i, uint32_t (&pair)[4]) {
+  ldmatrix<true>(pair, row + (second ? slot_byte<kParts, kStride>(g, 2 * i + 1) : slot_byte<kParts, kStride>(g, 2 * i)));
+}
+// The last slot of a row and of the one that lies `next` bytes further on.
+template <int K, int kParts, int kStride>
+FC_DEVICE void load_last(const GroupedGrid& g, const unsigned char* row, bool second, int next, uint32_t (&last)[4]) {
+  ldmatrix<true>(last, row + slot_byte<kParts, kStride>(g, K * kParts - 1) + (second ? next : 0));
+}
+
 // Of the last pair in an odd number of rows only the first half counts.
 template <int K, int kParts> struct GroupedSums {
   float pair[K][kPairs<K, kParts>][4], last[kLasts<K, kParts> + 1][4];
@@ -57,14 +72,14 @@ __global__ void __launch_bounds__(GroupedBlock<kParts>::kThreads, 2) grouped_con
 #pragma unroll
         for (int i = 0; i < kPairs<K, kParts>; ++i) {
           uint32_t x[4];
-          load_pair<kParts, kStride, true>(g, row, second, i, x);
+          load_pair<kParts, kStride>(g, row, second, i, x);
 #pragma unroll
           for (int kh = 0; kh < K; ++kh)
             if (met(kh)) mma_m16n8k16<T>(sums.pair[kh][i], x, dy[kh]);
         }
         if constexpr (kLasts<K, kParts> > 0) {
           uint32_t x[4];
-          load_last<K, kParts, kStride, true>(g, row, second, r + 1 < rows + K - 1 ? row_bytes : 0, x);
+          load_last<K, kParts, kStride>(g, row, second, r + 1 < rows + K - 1 ? row_bytes : 0, x);
 #pragma unroll
           for (int kh = 0; kh < K; kh += 2)
             if (met(kh)) mma_m16n8k16<T>(sums.last[kh / 2], x, dy[kh]);
@@ -81,13 +96,13 @@ __global__ void __launch_bounds__(GroupedBlock<kParts>::kThreads, 2) grouped_con
 #pragma unroll
           for (int i = 0; i < kPairs<K, kParts>; ++i) {
             uint32_t x[4];
-            load_pair<kParts, kStride, true>(g, row, second, i, x);
+            load_pair<kParts, kStride>(g, row, second, i, x);
             mma_m16n8k16<T>(sums.pair[kh][i], x, dy);
           }
           if constexpr (kLasts<K, kParts> > 0) {
             if (kh % 2) continue;
             uint32_t x[4];
-            load_last<K, kParts, kStride, true>(g, row, second, kh + 1 < K ? row_bytes : 0, x);
+            load_last<K, kParts, kStride>(g, row, second, kh + 1 < K ? row_bytes : 0, x);
             mma_m16n8k16<T>(sums.last[kh / 2], x, dy);
           }
         }

@@ -265,6 +265,16 @@ template <> FC_DEVICE void mma_m16n8k16<fp16>(float (&d)[4], const uint32_t (&a)
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
+// The same half as deep, a[16 x 8] b[8 x 8]: only what holds columns (of b: rows) below 8.
+template <class T> FC_DEVICE void mma_m16n8k8(float (&d)[4], const uint32_t (&a)[2], uint32_t b);
+template <> FC_DEVICE void mma_m16n8k8<bf16>(float (&d)[4], const uint32_t (&a)[2], uint32_t b) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(b));
+}
+template <> FC_DEVICE void mma_m16n8k8<fp16>(float (&d)[4], const uint32_t (&a)[2], uint32_t b) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(b));
+}
 // d[16 x 8] += a[16 x 8] b[8 x 8] on to_tf32 operands: a[i] holds row g + 8 (i % 2), column t + 4 (i / 2); b[i] row t + 4 i
 // of column g; d as above. Only where allow_tf32 permits: 10 bits of mantissa.
 FC_DEVICE void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {

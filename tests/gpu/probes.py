@@ -170,11 +170,10 @@ def mma(run: Machine) -> dict[str, Seen]:
             (" on random numbers", torch.randn(16, k), torch.randn(k, 8)),
             (" on denormals", tiny, integers(7, k, 8)),
         ):
-            for by_address in (0, 1) if name != "tf32" else ((),):
+            ways = {", fragments by the layout": (0, 0), ", fragments by ldmatrix": (1, 0), ", in two halves": (1, 1)}
+            for way, options in ways.items() if name != "tf32" else [("", ())]:
                 c = full(16, 8)
-                options = () if by_address == () else (by_address,)
                 run(f"mma_{name}", a.to(dtype), b.to(dtype), c, *options)
-                way = {0: ", fragments by the layout", 1: ", fragments by ldmatrix"}.get(by_address, "")
                 seen[f"{name}{what}{way}"] = Seen(c, judged=what in ("", " with NaN and Inf"))
     return seen
 

@@ -33,6 +33,7 @@ class Launch(NamedTuple):
     threads: int  # of a block
     shared_bytes: int  # dynamic
     mma: int  # of whole warps, like ldmatrix
+    mma_fma: int  # of all of them
     ldmatrix: int
     lines: tuple[Line, ...]
     sectors: dict[str, np.ndarray]  # by use: rows of (sector number, warp accesses that touched it)

@@ -13,6 +13,7 @@ static uint64_t key_of(Site site, Space space, Use use) {
 
 void LaunchCount::merge(const LaunchCount& other) {
   mma += other.mma;
+  mma_fma += other.mma_fma;
   ldmatrix += other.ldmatrix;
   for (int use = 0; use < 2; ++use)
     for (const auto& [sector, hits] : other.sectors[use]) sectors[use][sector] += hits;
@@ -113,6 +114,7 @@ SIMT_EXPORT const char* simt_counters_json() {
     number("threads", launch.block.x * launch.block.y * launch.block.z);
     number("shared_bytes", launch.shared_bytes);
     number("mma", launch.mma);
+    number("mma_fma", launch.mma_fma);
     number("ldmatrix", launch.ldmatrix);
     s += ", \"lines\": [";
     for (const auto& [key, line] : launch.lines) {

@@ -25,7 +25,7 @@ struct LineCount {
 
 struct LaunchCount {
   dim3 grid, block;
-  uint64_t shared_bytes = 0, mma = 0, ldmatrix = 0;
+  uint64_t shared_bytes = 0, mma = 0, mma_fma = 0, ldmatrix = 0;
   std::unordered_map<uint64_t, uint64_t> sectors[2];  // by Use: how many warp accesses touched each sector
   std::unordered_map<uint64_t, LineCount> lines;      // by site, space and use
 

@@ -87,7 +87,7 @@ __global__ void unwaited_kernel(const float* in, float* out) {
 }
 
 // c[16 x 8] = a[16 x 16] b[16 x 8], all by rows in memory: b's fragments come transposed.
-template <class T> __global__ void mma_kernel(const T* a, const T* b, float* c, bool by_address) {
+template <class T> __global__ void mma_kernel(const T* a, const T* b, float* c, bool by_address, bool halves) {
   FC_SHARED(T, left, 16 * 16);
   FC_SHARED(T, right, 16 * 8);
   const int lane = threadIdx.x, g = lane / 4, t = lane % 4;
@@ -106,7 +106,12 @@ template <class T> __global__ void mma_kernel(const T* a, const T* b, float* c, 
       bf[i] = pack(load_shared<T>(row).bits, load_shared<T>(next).bits);
     }
   }
-  mma_m16n8k16<T>(d, af, bf);
+  if (halves) {
+    mma_m16n8k8<T>(d, {af[0], af[1]}, bf[0]);
+    mma_m16n8k8<T>(d, {af[2], af[3]}, bf[1]);
+  } else {
+    mma_m16n8k16<T>(d, af, bf);
+  }
   for (int i = 0; i < 4; ++i) store_global(c + (g + i / 2 * 8) * 8 + 2 * t + i % 2, d[i]);
 }
 // c[16 x 8] = a[16 x 8] b[8 x 8] in tf32.
@@ -339,12 +344,11 @@ PROBE int probe_fresh(void* out) { return launch(fresh_kernel, 1, kWarp, 4 * kWa
 PROBE int probe_copies(void* in, void* out) { return launch(copies_kernel, 1, kWarp, 0, nullptr, FLOATS(in), FLOATS(out)); }
 PROBE int probe_small_copies(void* in, void* out) { return launch(small_copies_kernel, 1, kWarp, 0, nullptr, FLOATS(in), FLOATS(out)); }
 PROBE int probe_unwaited(void* in, void* out) { return launch(unwaited_kernel, 1, kWarp, 0, nullptr, FLOATS(in), FLOATS(out)); }
-PROBE int probe_mma_bf16(void* a, void* b, void* c, int by_address) {
-  return launch(mma_kernel<bf16>, 1, kWarp, 0, nullptr, static_cast<bf16*>(a), static_cast<bf16*>(b), FLOATS(c), by_address != 0);
+template <class T> int launch_mma(void* a, void* b, void* c, int by_address, int halves) {
+  return launch(mma_kernel<T>, 1, kWarp, 0, nullptr, static_cast<T*>(a), static_cast<T*>(b), FLOATS(c), by_address != 0, halves != 0);
 }
-PROBE int probe_mma_fp16(void* a, void* b, void* c, int by_address) {
-  return launch(mma_kernel<fp16>, 1, kWarp, 0, nullptr, static_cast<fp16*>(a), static_cast<fp16*>(b), FLOATS(c), by_address != 0);
-}
+PROBE int probe_mma_bf16(void* a, void* b, void* c, int by_address, int halves) { return launch_mma<bf16>(a, b, c, by_address, halves); }
+PROBE int probe_mma_fp16(void* a, void* b, void* c, int by_address, int halves) { return launch_mma<fp16>(a, b, c, by_address, halves); }
 PROBE int probe_mma_tf32(void* a, void* b, void* c) {
   return launch(mma_tf32_kernel, 1, kWarp, 0, nullptr, FLOATS(a), FLOATS(b), FLOATS(c));
 }

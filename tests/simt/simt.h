@@ -62,7 +62,8 @@ void sync_cluster(Site site);
 struct Lanes;
 const Lanes* exchange(const char* what, const void* mine, size_t size, Site site);
 void peek(const Lanes* lanes, unsigned lane, void* value, size_t size);
-void count_instruction(bool mma);  // or ldmatrix: once a lane
+void count_mma(unsigned fma);  // once a lane, as the next
+void count_ldmatrix();
 
 void* shared(size_t bytes, Site site);  // static: the k-th call of every thread gets the same memory
 void* dynamic_shared();

@@ -91,9 +91,11 @@ void sync_warp(Site site) {
   SIMT_ON_TSAN(__tsan_acquire(sync);)
 }
 
-void count_instruction(bool mma) {
-  Cluster& b = *t_cluster;
-  if (b.counter && lane() == 0) ++(mma ? b.counter->total.mma : b.counter->total.ldmatrix);
+void count_mma(unsigned fma) {
+  if (Counter* counter = t_cluster->counter.get(); counter && lane() == 0) ++counter->total.mma, counter->total.mma_fma += fma;
+}
+void count_ldmatrix() {
+  if (Counter* counter = t_cluster->counter.get(); counter && lane() == 0) ++counter->total.ldmatrix;
 }
 
 void* shared(size_t bytes, Site site) {

@@ -117,7 +117,7 @@ void ldmatrix(uint32_t (&fragment)[kCount], const void* row, Site site = Site::c
   static_assert(kCount == 1 || kCount == 2 || kCount == 4);
   const unsigned lane = simt::lane();
   simt::access(Space::shared, Use::read, row, 16, lane < 8 * kCount, site);
-  simt::count_instruction(false);
+  simt::count_ldmatrix();
   const simt::Lanes* lanes = simt::exchange("ldmatrix", &row, sizeof row, site);
   for (unsigned i = 0; i < kCount; ++i) {
     uint16_t pair[2];
@@ -131,15 +131,16 @@ void ldmatrix(uint32_t (&fragment)[kCount], const void* row, Site site = Site::c
   }
 }
 
-// d[16 x 8] += a[16 x 4 kWide] b[4 kWide x 8] over the registers of the lanes: register i of a holds kWide / 2 neighbouring
-// columns (of b: rows), row g + 8 (i % 2) of column block i / 2. Products and their sum in double.
-template <int kWide, class Value>
-void mma(const char* what, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Value value, Site site) {
+// d[16 x 8] += a[16 x K] b[K x 8], K = 4 kWide kBlocks, over the registers of the lanes: register i of a holds kWide
+// neighbouring columns (of b: rows), row g + 8 (i % 2) of column block i / 2. Products and their sum in double.
+template <int kWide, int kBlocks, class Value>
+void mma(const char* what, float (&d)[4], const uint32_t (&a)[2 * kBlocks], const uint32_t (&b)[kBlocks], Value value, Site site) {
   struct Operands {
-    uint32_t a[4], b[2];
-  };
-  Operands mine{{a[0], a[1], a[2], a[3]}, {b[0], b[1]}};
-  simt::count_instruction(true);
+    uint32_t a[2 * kBlocks], b[kBlocks];
+  } mine;
+  std::copy(a, a + 2 * kBlocks, mine.a);
+  std::copy(b, b + kBlocks, mine.b);
+  simt::count_mma(16 * 8 * 4 * kWide * kBlocks);
   const simt::Lanes* lanes = simt::exchange(what, &mine, sizeof mine, site);
   const unsigned g = simt::lane() / 4, t = simt::lane() % 4;
   Operands rows[4], columns[2][4];  // by t of the lane that holds them
@@ -149,7 +150,7 @@ void mma(const char* what, float (&d)[4], const uint32_t (&a)[4], const uint32_t
   }
   for (unsigned i = 0; i < 4; ++i) {
     double sum = d[i];
-    for (unsigned block = 0; block < 2; ++block)
+    for (unsigned block = 0; block < kBlocks; ++block)
       for (unsigned k = 0; k < 4; ++k)
         for (unsigned e = 0; e < kWide; ++e)
           sum += double{value(rows[k].a[i / 2 + 2 * block], e)} * value(columns[i % 2][k].b[block], e);
@@ -157,10 +158,14 @@ void mma(const char* what, float (&d)[4], const uint32_t (&a)[4], const uint32_t
   }
 }
 template <class T> void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Site site = Site::current()) {
-  mma<2>("mma_m16n8k16", d, a, b, [](uint32_t word, unsigned e) { return to_float(T{static_cast<uint16_t>(word >> 16 * e)}); }, site);
+  mma<2, 2>("mma_m16n8k16", d, a, b, [](uint32_t word, unsigned e) { return to_float(T{static_cast<uint16_t>(word >> 16 * e)}); }, site);
+}
+template <class T> void mma_m16n8k8(float (&d)[4], const uint32_t (&a)[2], uint32_t b, Site site = Site::current()) {
+  const auto value = [](uint32_t word, unsigned e) { return to_float(T{static_cast<uint16_t>(word >> 16 * e)}); };
+  mma<2, 1>("mma_m16n8k8", d, a, {b}, value, site);
 }
 inline void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Site site = Site::current()) {
-  mma<1>("mma_m16n8k8_tf32", d, a, b, [](uint32_t word, unsigned) { return bits_float(word & ~0x1FFFu); }, site);
+  mma<1, 2>("mma_m16n8k8_tf32", d, a, b, [](uint32_t word, unsigned) { return bits_float(word & ~0x1FFFu); }, site);
 }
 
 template <class T> T shuffle_from(const char* what, T v, unsigned lane, Site site) {
