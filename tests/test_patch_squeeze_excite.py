@@ -200,12 +200,36 @@ def test_inputs_that_fall_back():
     fastconv.patch(gate)
     with pytest.warns(RuntimeWarning, match="input and layers have different dtypes"), pytest.raises(RuntimeError):
         gate(torch.zeros(1, 8, 2, 2, dtype=torch.float64))
-    with pytest.warns(RuntimeWarning, match="the input does not have the module's channels"), pytest.raises(RuntimeError):
+    with pytest.warns(RuntimeWarning, match="the input of fc1 does not have its channels"), pytest.raises(RuntimeError):
         gate(torch.zeros(1, 4, 2, 2))
+    x, kept = torch.randn(1, 8, 3, 2), dict(gate.fc1.named_parameters())
+    for bias, reason in (
+        (torch.zeros(3), "the bias of fc1 does not have its channels"),
+        (kept["bias"].double(), "weight and bias of fc1 have different dtypes"),
+    ):
+        gate.fc1.bias = nn.Parameter(bias)
+        with pytest.warns(RuntimeWarning, match=reason), pytest.raises(RuntimeError):
+            gate(x)
+    gate.fc1.bias = kept["bias"]
+    fc2, gate.fc2.weight = gate.fc2.weight, nn.Parameter(torch.zeros(4, 8, 1, 1))
+    with pytest.warns(RuntimeWarning, match="the bias of fc2 does not have its channels"), pytest.raises(RuntimeError):
+        gate(x)
+    gate.fc2.weight = fc2
     (site,) = fastconv.report(gate).sites
-    assert sum(site.fallbacks.values()) == 2
-    x = torch.randn(1, 8, 3, 2)
-    assert torch.allclose(gate(x), plain(x))
+    assert sum(site.fallbacks.values()) == 5 and site.backend == "eager"
+    assert torch.allclose(gate(x), plain(x)) and site.backend == "cpu"
+
+
+def test_layers_that_were_narrowed_are_fused():
+    """As pruning leaves them: their parameters count, whatever the modules say of themselves."""
+    gate = timm.layers.SEModule(8, rd_channels=4)
+    gate.fc1.weight, gate.fc1.bias = nn.Parameter(gate.fc1.weight[:3]), nn.Parameter(gate.fc1.bias[:3])
+    gate.fc2.weight = nn.Parameter(gate.fc2.weight[:, :3])
+    plain = copy.deepcopy(gate)
+    assert fused(gate) == (1, set())
+    x = torch.randn(2, 8, 3, 2)
+    assert_agree(step(gate, x), step(plain, x), step(copy.deepcopy(plain).double(), x.double()))
+    assert [s.backend for s in fastconv.report(gate).sites] == ["cpu"]
 
 
 def test_small_maps_run_the_original_code(monkeypatch):

@@ -4,11 +4,11 @@
 constexpr int64_t kMapChunk = 4096;  // elements converted at a time
 constexpr int64_t kPlaneRun = 1024;  // elements of a plane added up before they join its sum
 constexpr int64_t kRepeats = 512;    // elements that the factors of few channels are repeated to
-constexpr int kRowsAtOnce = 16, kFewRows = 4;  // added up before they join the sums; the former where a chunk holds as many
+constexpr int kRowsAtOnce = 4;       // added up before they join the sums; more are more streams than the prefetchers follow
 
 template <class A> FC_INLINE int64_t rows_of_chunk(int64_t C) {
-  const int64_t rows = kMapChunk / C, unit = rows < kRowsAtOnce ? kFewRows : kRowsAtOnce;
-  return rows < kFewRows ? kFewRows : rows / unit * unit;
+  const int64_t rows = kMapChunk / C;
+  return rows < kRowsAtOnce ? kRowsAtOnce : rows / kRowsAtOnce * kRowsAtOnce;
 }
 // Elements of a map converted at a time, and of the buffers for it: none where nothing is. Little scratch leaves the heap as it is.
 template <class A> FC_INLINE int64_t map_size(const MapParams& p) {
@@ -61,7 +61,7 @@ template <class A, bool kProduct> void sum_slice(const MapParams& p, int64_t sli
       constexpr int kRows = decltype(rows)::value;
       for (; i + kRows <= count; i += kRows) add_rows<A, kRows, kProduct>(x + i * C, dy + (kProduct ? i * C : 0), sum, C);
     };
-    add(std::integral_constant<int, kRowsAtOnce>{}), add(std::integral_constant<int, kFewRows>{}), add(std::integral_constant<int, 1>{});
+    add(std::integral_constant<int, kRowsAtOnce>{}), add(std::integral_constant<int, 1>{});
   }
 }
 

@@ -123,7 +123,7 @@ def globally_hooked() -> bool:
 
 def child_at(module: torch.nn.Module, path: str) -> torch.nn.Module:
     for part in path.split("."):
-        module = getattr(module, part)
+        module = module._modules.get(part) or getattr(module, part)  # the latter is a function in Python
     return module
 
 
@@ -132,21 +132,15 @@ def bypass_reason(module: torch.nn.Module, kinds: Kinds) -> str:
     if globally_hooked():
         return "a global module hook is registered"
     for name, kind in kinds:
-        reason = _child_reason(name, child_at(module, name), kind)
-        if reason:
-            return reason
-    return ""
-
-
-def _child_reason(name: str, child: torch.nn.Module, kind: type) -> str:
-    if unwrapped(type(child)) is not kind:
-        return f"{name} is a {type(child).__name__}, not a {kind.__name__}"
-    if "forward" in child.__dict__:
-        return f"the forward of {name} is replaced on the instance"
-    if hooked(child):
-        return f"a hook sits on {name}"
-    if child._compiled_call_impl is not None:
-        return f"{name} is compiled on its own"
+        child = child_at(module, name)
+        if type(child) is not kind and unwrapped(type(child)) is not kind:
+            return f"{name} is a {type(child).__name__}, not a {kind.__name__}"
+        if "forward" in child.__dict__:
+            return f"the forward of {name} is replaced on the instance"
+        if hooked(child):
+            return f"a hook sits on {name}"
+        if child._compiled_call_impl is not None:
+            return f"{name} is compiled on its own"
     return ""
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ..ops import is_disabled, squeeze_excite
+from ..ops.squeeze_excite import fused
 from ._block import _exporting, _input_reason
 from ._graph import MUL, Unsupported, is_call, trace
 from ._module import FastModule, Kinds, backend_of, bypass_reason, child_at, unwrapped
@@ -148,31 +149,45 @@ class FastGate(FastModule):
             return super().forward(*args, **kwargs)
         layout = self._fastconv.layout
         x = args[0] if len(args) == 1 and not kwargs else None
-        if backend_of(self, OP, _input_reason(x) or _reason(self, layout, x), x) in ("eager", "native"):
+        layers = compute_dtype = None
+        reason = _input_reason(x) or bypass_reason(self, layout.kinds)
+        if not reason:
+            layers = [child_at(self, path) for path in (layout.fc1, layout.fc2) if path]
+            compute_dtype = autocast_dtype(x)
+            reason = _reason(layout, layers, x, compute_dtype)
+        backend = backend_of(self, OP, reason, x)
+        if backend in ("eager", "native"):
             return super().forward(*args, **kwargs)
-        fc1 = child_at(self, layout.fc1)
-        first = fc1.weight, fc1.bias
-        second = None, None
-        if layout.fc2:
-            fc2 = child_at(self, layout.fc2)
-            second = fc2.weight, fc2.bias
-        return squeeze_excite(x, *first, *second, layout.act, layout.gate, "NCHW", compute_dtype=autocast_dtype(x))
+        parameters = [parameter for layer in layers for parameter in (layer.weight, layer.bias)]
+        if not layout.fc2:
+            parameters += None, None
+        if any("weight" not in layer._parameters or "bias" not in layer._parameters for layer in layers):  # nobody has seen these
+            return squeeze_excite(x, *parameters, layout.act, layout.gate, "NCHW", compute_dtype=compute_dtype)
+        out_dtype = x.dtype if compute_dtype is None else torch.promote_types(x.dtype, compute_dtype)
+        return fused(x, *parameters, layout.act, layout.gate, "NCHW", out_dtype, backend)
 
 
-def _reason(module: FastGate, layout: GateLayout, x: torch.Tensor) -> str:
-    """Why the op cannot run in this call, or ""."""
-    reason = bypass_reason(module, layout.kinds)
-    if reason:
-        return reason
-    weights = [(path, child_at(module, path)._parameters.get("weight")) for path in (layout.fc1, layout.fc2) if path]
-    for path, weight in weights:
-        reason = parameter_reason(path, weight, x)
-        if reason:
-            return reason
-    if x.shape[1] != child_at(module, layout.fc1).in_channels:
-        return "the input does not have the module's channels"
-    if autocast_dtype(x) is None:
-        same = all(weight is None or weight.dtype == x.dtype for _, weight in weights)
-        return "" if same else "input and layers have different dtypes"
-    double = any(t is not None and t.dtype == torch.float64 for t in (x, *(weight for _, weight in weights)))
-    return "autocast does not cast this mixture of dtypes" if double else ""
+def _reason(layout: GateLayout, layers: list[nn.Module], x: torch.Tensor, compute_dtype: torch.dtype | None) -> str:
+    """Why the op cannot run in this call, or "". Of what is parametrized, which reading would compute, the op makes sure."""
+    channels, dtype = x.shape[1], x.dtype
+    for path, layer in zip((layout.fc1, layout.fc2), layers):
+        weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
+        for parameter in (weight, bias):
+            reason = parameter_reason(path, parameter, x)
+            if reason:
+                return reason
+        if (layer.in_channels != channels) if weight is None else (weight.shape[1:] != (channels, 1, 1)):
+            return f"the input of {path} does not have its channels"
+        if weight is None:
+            channels = layer.out_channels
+            continue
+        channels = weight.shape[0]
+        if bias is not None and bias.shape != (channels,):
+            return f"the bias of {path} does not have its channels"
+        if bias is not None and bias.dtype != weight.dtype:
+            return f"weight and bias of {path} have different dtypes"
+        if compute_dtype is None and weight.dtype != dtype:
+            return "input and layers have different dtypes"
+        if compute_dtype is not None and torch.float64 in (dtype, weight.dtype):
+            return "autocast does not cast this mixture of dtypes"
+    return "" if channels == x.shape[1] else "its gate has not one value for each channel"
