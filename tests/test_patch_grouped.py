@@ -11,6 +11,7 @@ from patch_contract import SingleProcessContract
 from patch_helpers import assert_agree, fast_blocks, randomise_, relative, step, steps
 from timm.layers import Conv2dSame, DropPath, ScaledStdConv2d, ScaledStdConv2dSame
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 from torch.nn.utils import parametrize
 
 import fastconv
@@ -21,6 +22,7 @@ from fastconv.testing import RawCalls
 pytestmark = pytest.mark.usefixtures("one_thread")
 OP = "grouped_conv"
 REAL_PASSES, REAL_NATIVE = _grouped.passes, _grouped.native_everywhere  # conftest.py replaces them
+REAL_ROWS = _grouped._rows
 
 
 class Stack(nn.Module):
@@ -335,6 +337,33 @@ def test_each_pass_by_its_own_kernel(table, side, expected):
     with fastconv.use_backend("cpu"):
         assert called(model, x) == ["fwd", "bwd"]
     assert fastconv.report(model).sites[0].why == ""
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=("static", "dynamic"))
+def test_the_choice_under_compile(table, dynamic, monkeypatch):
+    """As without: of two widths, one in every row of the table, with sizes on both sides of its limits."""
+    monkeypatch.setattr(_grouped, "_rows", REAL_ROWS)
+    monkeypatch.setattr(_grouped, "_MEASURED", True)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(_grouped, "_TABLE", {("AVX512", torch.float32, False, 1): ({4: 14, 8: 99}, {4: 28}, {4: 14})})
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    plain = nn.Sequential(nn.Conv2d(64, 64, 3, padding=1, groups=8), nn.Conv2d(64, 64, 3, padding=1, groups=16))
+    model = copy.deepcopy(plain)
+    fastconv.patch(model)
+    kernels = []
+
+    def capture(graph, _):
+        kernels.append(sum(f"{OP}_fwd" in str(node.target) for node in graph.graph.nodes))
+        return graph
+
+    compiled = torch.compile(
+        model, backend=aot_autograd(fw_compiler=capture, bw_compiler=lambda graph, _: graph), fullgraph=True, dynamic=dynamic
+    )
+    for side in (28, 14, 13):
+        x = torch.randn(2**18 // (64 * side**2) + 1, 64, side, side)
+        assert_agree(step(model, x, compiled), step(plain, x))
+    assert kernels == [1, 1, 0]
 
 
 def test_inference_asks_for_the_forward_alone(table, monkeypatch):

@@ -163,19 +163,22 @@ def test_a_patched_model_runs_on_the_kernels():
     [pytest.param(act, site, marks=pytest.mark.slow if site[0] > 28 else ()) for act, sites in SITES.items() for site in sites],
     ids=str,
 )
-def test_traffic(act, site, gpu):
-    """In bfloat16 and channels_last, in activations: 2 forward and 3 backward where the chip holds an image, else 3 and 4. What
+@every_layout
+def test_traffic(act, site, gpu, options):
+    """In bfloat16, in activations: 2 forward and 3 backward where the chip holds an image, else 3 and 4. What
     else there is, at a batch of 128 images that share the weights, within 15% of that."""
     size, C, R = site
     cluster = 16 if gpu == "sm_90" else 1
-    one, two = (count(OP, (n, size, size, C), gpu=gpu, cluster=cluster, act=act, reduced=R) for n in (1, 2))
-    resident = _C.cuda_gate_plan(size * size, C, True, 8, 2, SHARED[gpu], cluster)[0] > 0
-    assert resident or gpu == "sm_80"
+    one, two = (count(OP, (n, size, size, C), gpu=gpu, cluster=cluster, act=act, reduced=R, options=options) for n in (1, 2))
+    run = size * size if options else C  # planes of 196 and 49 elements begin inside of sectors, some of which two warps ask for
+    width, again = next((w, again) for w, again in ((8, 1.05), (4, 1.15), (1, 1.65)) if run % w == 0)
+    resident = _C.cuda_gate_plan(size * size, C, not options, width, 2, SHARED[gpu], cluster)[0] > 0
+    assert resident or gpu == "sm_80" or width == 1
     for name, least in {"fwd": 3 - resident, "bwd": 4 - resident}.items():
         found, an_image = one[name], 2 * two[name].rest - one[name].rest
         shared = found.rest - an_image
         assert least <= found.distinct + 1e-3 and found.distinct <= 1.01 * least, found.distinct
-        assert found.total <= 1.05 * least, found.total
+        assert found.total <= again * least, found.total
         assert found.distinct + an_image + shared / 128 <= 1.15 * least, (an_image, shared)
         assert len(found.launches) == (1 if resident else 3) + 2 * (name == "bwd")
         for launch in found.launches:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import math
 from typing import NamedTuple
 
 import torch
@@ -115,7 +116,6 @@ _SLOW = ("AVX512",), (torch.float16, torch.float64), (False, True), (1, 2)
 _TABLE.update({key: (_EVERY, _EVERY, _EVERY) for key in itertools.product(*_SLOW)})
 
 
-@constant_when_traced
 def _rows(dtype: torch.dtype, nhwc: bool, stride: int) -> tuple | None:
     """The table's, None on other processors than were measured: oneDNN has faster ways on Intel's."""
     fast_half = dtype == torch.float16 and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_fp16_supported()
@@ -124,15 +124,14 @@ def _rows(dtype: torch.dtype, nhwc: bool, stride: int) -> tuple | None:
     return _TABLE.get((torch.backends.cpu.get_cpu_capability(), dtype, nhwc, stride))
 
 
-def _measured() -> bool:
-    if importlib.util.find_spec("fastconv._C") is None:
-        return False
-    from fastconv import _C
+@constant_when_traced
+def _sides(width: int, *key) -> tuple[float, ...] | None:
+    """Of `width` channels a group, the shorter side of outputs from which each pass is ours; plain numbers, for torch.compile."""
+    rows = _rows(*key)
+    return None if rows is None else tuple(row.get(width, math.inf) for row in rows)
 
-    return _C.cpu_vendor() == "amd"
 
-
-_MEASURED = _measured()
+_MEASURED = importlib.util.find_spec("fastconv._C") is not None and importlib.import_module("fastconv._C").cpu_vendor() == "amd"
 
 
 def is_nhwc(x: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -146,8 +145,8 @@ def passes(device: str, dtypes: set[torch.dtype], width: int, shape: Shape, nhwc
     square = shape.K == 3 and shape.stride[0] == shape.stride[1] and C == shape.C
     if device != "cpu" or len(dtypes) > 1 or not square or N * C * H * W < MIN_ELEMENTS:
         return NONE
-    rows = _rows(*dtypes, nhwc, shape.stride[0])
-    return NONE if rows is None else Passes(*(min(H, W) >= row.get(width, H + W) for row in rows))
+    sides = _sides(width, *dtypes, nhwc, shape.stride[0])
+    return NONE if sides is None else Passes(*(min(H, W) >= side for side in sides))
 
 
 def native_everywhere(weight: torch.Tensor, groups: int, stride: tuple[int, int]) -> str:
