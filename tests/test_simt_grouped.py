@@ -19,7 +19,7 @@ from simt.control import ORDERS, SHARED_LIMIT
 from simt.hub import NAMESPACE, simulated
 
 from fastconv import ops, use_backend
-from fastconv.ops._grouped import ALL, NONE, choose
+from fastconv.ops._grouped import ALL, NONE, Shape, choose, cuda_passes
 from fastconv.ops._registry import hub
 from fastconv.testing import CASES, Case, RawCalls, make_inputs, run
 
@@ -78,6 +78,37 @@ def test_the_table():
             assert not chosen(**declined, forced=forced), declined
         for small in ({"width": 32}, {"width": 11}, {"side": 7}):
             assert chosen(**small, forced=forced) == forced, small
+
+
+def test_the_table_is_that_of_the_kernels():
+    """Written twice, in C++ and in Python: at every width and stride, on both sides of each bound."""
+    maps = ((1, 8, 8), (2, 56, 57), (3, 1 << 12, 1 << 11), (1, 1, 1 << 14), (1 << 8, 64, 63))
+    seen = set()
+    for width, groups, (N, H, W), K, stride in itertools.product(range(1, 35), (2, 32, 1 << 15), maps, (1, 3, 5), (1, 2, 3)):
+        C = width * groups
+        expected = native.cuda_grouped_conv(N, H, W, C, K, stride, K // 2, 1, groups)
+        x, w = (torch.empty(1, 1, 1, 1, dtype=torch.bfloat16) for _ in range(2))
+        shape = Shape(N, C, H, W, C, K, (stride, stride), (K // 2, 1), groups)
+        found = tuple(cuda_passes(x, w, x.dtype, shape, True, forced) == ALL for forced in (True, False))
+        assert found == tuple(expected), shape
+        seen.add(found)
+    assert seen == {(False, False), (True, False), (True, True)}
+
+
+def test_the_table_takes_symbolic_sizes():
+    torch._dynamo.reset()
+
+    def call(x):
+        C = x.shape[1]
+        shape = Shape(x.shape[0], C, x.shape[2], x.shape[3], C, 3, (1, 1), (1, 1), C // 8)
+        return x + 1 if all(cuda_passes(x, x, x.dtype, shape, True, False)) else x - 1
+
+    compiled = torch.compile(call, backend="eager", fullgraph=True, dynamic=True)
+    for side in (8, 56, 80):
+        x = torch.zeros(6, 64, side, side, dtype=torch.bfloat16)
+        assert torch.equal(compiled(x), call(x))
+    assert call(x).max() == 1
+    torch._dynamo.reset()
 
 
 def test_offsets_are_counted_in_32_bits():

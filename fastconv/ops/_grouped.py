@@ -165,19 +165,16 @@ def native_everywhere(weight: torch.Tensor, groups: int, stride: tuple[int, int]
     return "" if any(width in row for rows in measured for row in rows) else f"torch's own kernel is as fast at {width} channels a group"
 
 
-@constant_when_traced
-def _cuda_table(*sizes: int) -> tuple[bool, bool]:
-    from fastconv import _C
-
-    return _C.cuda_grouped_conv(*sizes)
-
-
 def cuda_passes(x, weight, dtype: torch.dtype, shape, nhwc: bool, forced: bool) -> Passes:
-    """All where the CUDA C++ kernels serve a call and, unless they are forced, are the choice of the table in csrc/geometry.h."""
+    """All where the CUDA C++ kernels serve a call and, unless they are forced, are the choice of the table in csrc/geometry.h:
+    here again, for torch.compile's symbolic sizes."""
     alike = x.dtype == dtype and dtype in (torch.bfloat16, torch.float16) and weight.dtype in (dtype, torch.float32)
     if not alike or not nhwc or shape.stride[0] != shape.stride[1] or shape.out_C != shape.C:
         return NONE
-    serves, pays = _cuda_table(shape.N, shape.H, shape.W, shape.C, shape.K, shape.stride[0], *shape.padding, shape.groups)
+    (N, C, H, W), width = shape.out, shape.C // shape.groups
+    serves = shape.K == 3 and shape.stride[0] in (1, 2) and 2 <= width <= 32 and C < 1 << 20
+    serves = serves and max(shape.H, H) * max(shape.W, W) < (1 << 29) // C
+    pays = width <= 24 and width % 2 == 0 and N * H * W * C >= 1 << 20
     return ALL if serves and (forced or pays) else NONE
 
 
