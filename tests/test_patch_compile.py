@@ -1,11 +1,14 @@
 """Patched models under tracers and torch.compile."""
 
+import copy
 import warnings
 
 import pytest
+import timm
 import torch
 from patch_helpers import assert_agree, relative, step
 from patch_small import images, make, pair
+from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 
 import fastconv
@@ -135,3 +138,23 @@ def test_inductor_and_dynamic_sizes(dynamo):
         actual = step(model.eval(), images(batch), compiled)
         assert_agree(actual, step(plain.eval(), images(batch)))
     step(model.train(), images(4), compiled)
+
+
+@pytest.mark.parametrize("part", ("gate", "grouped"))
+def test_inductor_keeps_maps_as_they_lie(dynamo, part):
+    """Between convolutions Inductor takes what four axes backward is to find for (N, C, H, W), and stores it in channels_last: our
+    (N, H, W, C) would come out transposed, and go back."""
+    torch.manual_seed(0)
+    middle = timm.layers.SEModule(48, rd_channels=8) if part == "gate" else nn.Conv2d(48, 48, 3, padding=1, groups=12, bias=False)
+    layers = nn.Conv2d(16, 48, 1, bias=False), nn.BatchNorm2d(48), nn.ReLU(), middle, nn.BatchNorm2d(48), nn.ReLU(), nn.Conv2d(48, 16, 1)
+    plain = nn.Sequential(*layers).double().to(memory_format=torch.channels_last)
+    model = copy.deepcopy(plain)
+    assert fastconv.patch(model).fused
+    x = torch.randn(2, 16, 12, 10, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        assert_agree(step(model, x, torch.compile(model)), step(plain, x))
+    maps = [t for t in saved if t.numel() == 2 * 48 * 12 * 10]
+    assert len(maps) >= 4
+    for t in maps:
+        assert t.is_contiguous() if t.dim() == 3 else t.shape == (2, 48, 12, 10) and t.is_contiguous(memory_format=torch.channels_last)

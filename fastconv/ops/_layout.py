@@ -28,3 +28,15 @@ def in_layout(x: torch.Tensor, data_format: str, channels_last: bool) -> torch.T
 def in_format(y: torch.Tensor, data_format: str, channels_last: bool) -> torch.Tensor:
     """What in_memory_order and in_layout gave, as data_format again."""
     return y if channels_last == (data_format == "NHWC") else _turned(y, channels_last)
+
+
+# A map that backward reads, with its channels joined to the axis beside them. torch.compile keeps it in that form from forward to
+# backward; of four axes Inductor would take it for (N, C, H, W), store it as channels_last, and transpose it back.
+def joined(x: torch.Tensor, channels_last: bool) -> torch.Tensor:
+    """x as (N, H, W C), or (N, C H, W)."""
+    return x.flatten(2) if channels_last else x.flatten(1, 2)
+
+
+def split(x: torch.Tensor, C: int, channels_last: bool) -> torch.Tensor:
+    """What `joined` was given."""
+    return x.unflatten(2, (x.shape[2] // C, C)) if channels_last else x.unflatten(1, (C, x.shape[1] // C))

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 
 from . import _grouped, _registry
-from ._checks import check_device, check_float, resolve_dtypes, without_autocast
+from ._checks import check_device, check_float, dense, resolve_dtypes, without_autocast
 from ._function import first_order_only, needs_grad
 from ._grouped import Shape, is_nhwc, pair
-from ._layout import in_format, in_layout
+from ._layout import in_format, in_layout, joined, split
 
 OP = "grouped_conv"
 KERNELS = (1, 3, 5, 7)
@@ -54,8 +56,8 @@ def reference(x, weight, bias=None, stride=1, padding=0, groups=1, compute_dtype
         return F.conv2d(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), stride, padding, 1, groups)
 
 
-# Raw ops. x, dy and the results are contiguous, (N, H, W, C) with nhwc, else (N, C, H, W). A gradient that is not needed comes
-# back as an empty tensor. dweight and dbias have weight's dtype, dx has x's.
+# Raw ops. x, dy and dx are contiguous, (N, H, W, C) with nhwc, else (N, C, H, W); y, and x in backward, `joined` (_layout.py).
+# A gradient that is not needed comes back as an empty tensor. dweight and dbias have weight's dtype, dx has x's.
 _GEOMETRY = "int stride_h, int stride_w, int padding_h, int padding_w, int groups, bool nhwc"
 SCHEMAS = {
     "grouped_conv_fwd": f"(Tensor x, Tensor weight, Tensor? bias, {_GEOMETRY}, ScalarType out_dtype) -> Tensor",
@@ -67,20 +69,17 @@ SCHEMAS = {
 def _fake_fwd(x, weight, bias, stride_h, stride_w, padding_h, padding_w, groups, nhwc, out_dtype):
     N, C, H, W = (x.permute(0, 3, 1, 2) if nhwc else x).shape
     _, C, H, W = Shape(N, C, H, W, weight.shape[0], weight.shape[2], (stride_h, stride_w), (padding_h, padding_w), groups).out
-    return x.new_empty((N, H, W, C) if nhwc else (N, C, H, W), dtype=out_dtype)
+    return x.new_empty((N, H, W * C) if nhwc else (N, C * H, W), dtype=out_dtype)
 
 
 def _fake_bwd(dy, x, weight, stride_h, stride_w, padding_h, padding_w, groups, nhwc, need_dx, need_dweight):
-    dweight = weight.new_empty(weight.shape if need_dweight else (0,))
-    return x.new_empty(x.shape if need_dx else (0,)), dweight, weight.new_empty(weight.shape[:1] if need_dweight else (0,))
+    dx = torch.empty_like(split(x, weight.shape[1] * groups, nhwc)) if need_dx else x.new_empty(0)
+    return dx, *(weight.new_empty(size if need_dweight else (0,)) for size in (weight.shape, weight.shape[:1]))
 
 
 def flops(y_shape, weight_shape) -> int:
     """Floating-point operations of one pass over the taps (a multiply-add counts as two). y in either layout."""
-    count = 2 * weight_shape[1] * weight_shape[2] * weight_shape[3]
-    for size in y_shape:
-        count *= size
-    return count
+    return 2 * math.prod(weight_shape[1:]) * math.prod(y_shape)
 
 
 def _flops_fwd(x_shape, weight_shape, *args, out_shape=None, **kwargs):
@@ -110,9 +109,8 @@ class GroupedConv(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, weight)
         ctx.bias_dtype = None if bias is None else bias.dtype
-        # As it lies in memory, (N, H, W, C) or (N, C, H, W): of a view that a Function returns nobody may change the values,
-        # and many an activation does.
-        return _forward(x, weight, bias, shape, nhwc, dtype, backend) if passes.fwd else _native(x, weight, bias, shape, dtype)
+        # As it lies in memory: of a view that a Function returns nobody may change the values, and many an activation does.
+        return _forward(x, weight, bias, shape, nhwc, dtype, backend) if passes.fwd else reference(x, weight, bias, *shape[-3:], dtype)
 
     @staticmethod
     @first_order_only(OP)
@@ -121,12 +119,13 @@ class GroupedConv(torch.autograd.Function):
             return (None,) * 8
         x, weight = saved
         shape, nhwc, dtype, passes = ctx.shape, ctx.nhwc, ctx.dtype, ctx.passes
-        dy = in_format(dy, "NCHW", nhwc and passes.fwd)
+        dy = _map(dy, weight, nhwc) if passes.fwd else dy
         need_dx, need_dweight, need_dbias = ctx.needs_input_grad[:3]
         dx = dweight = dbias = None
         ours = need_dx and passes.dx, (need_dweight or need_dbias) and passes.dweight
         if any(ours):
-            bwd, maps = _registry.raw("grouped_conv_bwd", ctx.backend), (in_layout(dy, "NCHW", nhwc), in_layout(x, "NCHW", nhwc))
+            bwd = _registry.raw("grouped_conv_bwd", ctx.backend)
+            maps = in_layout(dy, "NCHW", nhwc), joined(in_layout(x, "NCHW", nhwc), nhwc)
             dx, dweight, dbias = bwd(*maps, weight.contiguous(), *shape.stride, *shape.padding, shape.groups, nhwc, *ours)
             dx = in_format(dx, "NCHW", nhwc) if ours[0] else None
         theirs = [need_dx and not ours[0], need_dweight and not ours[1], need_dbias and not ours[1]]
@@ -141,13 +140,13 @@ class GroupedConv(torch.autograd.Function):
 
 def _forward(x, weight, bias, shape, nhwc, dtype, backend):
     """As the raw op."""
-    parameters = weight.contiguous(), None if bias is None else bias.contiguous()
     fwd = _registry.raw("grouped_conv_fwd", backend)
-    return fwd(in_layout(x, "NCHW", nhwc), *parameters, *shape.stride, *shape.padding, shape.groups, nhwc, dtype)
+    return fwd(in_layout(x, "NCHW", nhwc), dense(weight), dense(bias), *shape.stride, *shape.padding, shape.groups, nhwc, dtype)
 
 
-def _native(x, weight, bias, shape, dtype):
-    return reference(x, weight, bias, shape.stride, shape.padding, shape.groups, dtype)
+def _map(y, weight, nhwc) -> torch.Tensor:
+    """(N, C, H, W) of what the raw op returns."""
+    return in_format(split(y, weight.shape[0], nhwc), "NCHW", nhwc)
 
 
 def grouped_conv(
@@ -192,9 +191,9 @@ def grouped_conv(
     dtype, _ = resolve_dtypes(OP, x, weight, compute_dtype, None)
     choice, passes = _grouped.choose(OP, x, weight, bias, shape, dtype)
     if choice.backend in ("eager", "native"):
-        return _native(x, weight, bias, shape, dtype)
+        return reference(x, weight, bias, *shape[-3:], dtype)
     nhwc = is_nhwc(x, weight)
     if not needs_grad(x, weight, bias):
-        return in_format(_forward(x, weight, bias, shape, nhwc, dtype, choice.backend), "NCHW", nhwc)
+        return _map(_forward(x, weight, bias, shape, nhwc, dtype, choice.backend), weight, nhwc)
     y = GroupedConv.apply(x, weight, bias, shape, nhwc, dtype, choice.backend, passes)
-    return in_format(y, "NCHW", nhwc and passes.fwd)
+    return _map(y, weight, nhwc) if passes.fwd else y

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from . import _registry
 from ._checks import check_device, check_float, check_vector, dense, resolve_dtypes, without_autocast
 from ._function import first_order_only, needs_grad
-from ._layout import in_format, in_layout, in_memory_order
+from ._layout import in_format, in_layout, in_memory_order, joined
 
 OP = "squeeze_excite"
 ACTS = {name: getattr(F, name) for name in ("relu", "silu", "gelu", "hardswish", "leaky_relu")} | {"identity": lambda h: h}
@@ -63,9 +63,9 @@ def reference(x, w1, b1=None, w2=None, b2=None, act="relu", gate="sigmoid", data
         return x * (s[:, None, None, :] if data_format == "NHWC" else s[:, :, None, None])
 
 
-# Raw ops. x is contiguous, (N, H, W, C) with channels_last and (N, C, H, W) without; act and gate are places in FUNCTIONS;
-# without w2 the first layer is the only one and act is not used. `save` asks for what backward needs, in the accumulation
-# dtype: the means (N, C) and what act (N, R) and gate (N, C) are applied to. What is not needed comes back empty.
+# Raw ops. x is contiguous, (N, H, W, C) with channels_last and (N, C, H, W) without; in backward `joined` (_layout.py). act and
+# gate are places in FUNCTIONS; without w2 the first layer is the only one and act is not used. `save` asks for what backward
+# needs, in the accumulation dtype: the means (N, C) and what act (N, R) and gate (N, C) are applied to, empty where not needed.
 SCHEMAS = {
     "squeeze_excite_fwd": "(Tensor x, Tensor w1, Tensor? b1, Tensor? w2, Tensor? b2, int act, int gate, ScalarType out_dtype,"
     " bool channels_last, bool save) -> (Tensor y, Tensor pooled, Tensor hidden, Tensor z)",
@@ -82,11 +82,10 @@ def _fake_fwd(x, w1, b1, w2, b2, act, gate, out_dtype, channels_last, save):
 
 
 def _fake_bwd(dy, x, w1, w2, pooled, hidden, z, act, gate, channels_last, need_dx, need_fc1, need_fc2):
-    second = w1 if w2 is None else w2
-    need_fc2 = need_fc2 and w2 is not None
+    second, need_fc2 = (w1, False) if w2 is None else (w2, need_fc2)
     sizes = (w1, w1.shape if need_fc1 else (0,)), (w1, w1.shape[:1] if need_fc1 else (0,))
     sizes += (second, second.shape if need_fc2 else (0,)), (second, second.shape[:1] if need_fc2 else (0,))
-    return x.new_empty(x.shape if need_dx else (0,)), *(like.new_empty(size) for like, size in sizes)
+    return x.new_empty(dy.shape if need_dx else (0,)), *(like.new_empty(size) for like, size in sizes)
 
 
 def _layer_flops(N: int, *weight_shapes) -> int:
@@ -133,10 +132,10 @@ class SqueezeExcite(torch.autograd.Function):
         x, *rest = saved[:-2]
         act, gate, data_format, channels_last, backend = ctx.options
         need_dx, need_dw1, need_db1, need_dw2, need_db2 = needed = ctx.needs_input_grad[:5]
-        x = in_layout(x, data_format, channels_last)
+        x = joined(in_layout(x, data_format, channels_last), channels_last)
         bwd = _registry.raw("squeeze_excite_bwd", backend)
         dx, *grads = bwd(dy.contiguous(), x, *rest, act, gate, channels_last, need_dx, need_dw1 or need_db1, need_dw2 or need_db2)
-        grads = (in_format(dx, data_format, channels_last) if need_dx else None, *grads)
+        grads = in_format(dx, data_format, channels_last) if need_dx else None, *grads
         return *(g if wanted else None for g, wanted in zip(grads, needed)), *(None,) * 6
 
 
@@ -190,8 +189,7 @@ def squeeze_excite(
 
 
 def fused(x, w1, b1, w2, b2, act, gate, data_format, out_dtype, backend) -> torch.Tensor:
-    """squeeze_excite by the kernels of a backend, of arguments that `check` would let pass. Patched modules, which have
-    looked at theirs, come here at once: in a model, where caches are cold, `check` takes longer than many a kernel."""
+    """After `check`, which with cold caches takes longer than many a kernel: patched modules have looked for themselves."""
     options = FUNCTIONS.index(act), FUNCTIONS.index(gate)
     w1, b1, w2, b2 = map(dense, (w1, b1, w2, b2))
     memory, channels_last = in_memory_order(x, data_format)
