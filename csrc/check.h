@@ -7,7 +7,6 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <string>
-#include <vector>
 
 namespace fastconv {
 
@@ -46,17 +45,13 @@ inline void check_like(const char* op, const char* name, const Tensor& t, std::i
   STD_TORCH_CHECK(t.scalar_type() == first, op, ": ", name, " must have the dtype of x");
 }
 
-// Maps that torch.compile keeps for backward have their channels joined to the axis beside them: fastconv/ops/_layout.py.
-inline std::vector<int64_t> joined_shape(int64_t N, int64_t C, int64_t H, int64_t W, bool channels_last) {
-  return channels_last ? std::vector{N, H, W * C} : std::vector{N, C * H, W};
+// A map (N, C, H, W) as it lies in memory, and back. Why maps come like this: in_nchw in fastconv/ops/_layout.py.
+inline Tensor in_memory_order(const Tensor& x, bool channels_last) {
+  if (!channels_last || x.dim() != 4) return x;
+  return torch::stable::transpose(torch::stable::transpose(x, 1, 2), 2, 3);
 }
-// Such a map with four axes again; weight: (_, C / groups, ...).
-inline Tensor split_map(const char* op, const Tensor& joined, const Tensor& weight, int64_t groups, bool channels_last) {
-  const int64_t C = weight.dim() > 1 ? weight.size(1) * groups : 0, axis = channels_last ? 2 : 1;
-  STD_TORCH_CHECK(C > 0 && joined.dim() == 3 && joined.size(axis) % C == 0, op, ": in backward x must be ",
-                  channels_last ? "(N, H, W * C)" : "(N, C * H, W)", " with C = ", C, ", got ", shape_string(joined));
-  const int64_t N = joined.size(0), left = joined.size(axis) / C;
-  return channels_last ? torch::stable::view(joined, {N, joined.size(1), left, C}) : torch::stable::view(joined, {N, C, left, joined.size(2)});
+inline Tensor in_nchw(const Tensor& x, bool channels_last) {
+  return channels_last ? torch::stable::transpose(torch::stable::transpose(x, 2, 3), 1, 2) : x;
 }
 
 inline void check_dtype(const char* op, const char* name, ScalarType dtype, ScalarType like) {

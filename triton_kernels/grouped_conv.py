@@ -199,7 +199,7 @@ def fwd(x, weight, bias, stride_h, stride_w, padding_h, padding_w, groups, nhwc,
     bias = None if bias is None else bias.contiguous()
     first, strides = (-padding_h, -padding_w), (stride_h, stride_w)
     _conv(x, taps, bias, y, nhwc, groups, out_H, out_W, first, (0, 0), (0, 0), strides, (1, 1), False)
-    return y.flatten(2) if nhwc else y.flatten(1, 2)
+    return y.permute(0, 3, 1, 2) if nhwc else y
 
 
 def dgrad(dy, x, weight, stride, padding, groups, nhwc):
@@ -241,7 +241,6 @@ def wgrad(dy, x, weight, stride, padding, groups, nhwc):
 
 def bwd(dy, x, weight, stride_h, stride_w, padding_h, padding_w, groups, nhwc, need_dx, need_dweight):
     geometry = (stride_h, stride_w), (padding_h, padding_w), groups, nhwc
-    N, C, (_, rows, columns) = x.shape[0], weight.shape[1] * groups, x.shape
-    x = x.view(N, rows, columns // C, C) if nhwc else x.view(N, C, rows // C, columns)
+    x = x.permute(0, 2, 3, 1) if nhwc else x
     dx = dgrad(dy, x, weight, *geometry) if need_dx else x.new_empty(0)
     return dx, *(wgrad(dy, x, weight, *geometry) if need_dweight else (weight.new_empty(0), weight.new_empty(0)))

@@ -190,7 +190,7 @@ def fwd(x, w1, b1, w2, b2, act, gate, out_dtype, channels_last, save):
 
 @torch.no_grad()
 def bwd(dy, x, w1, w2, pooled, hidden, z, act, gate, channels_last, need_dx, need_fc1, need_fc2):
-    x = x.view(dy.shape)
+    x = x.permute(0, 2, 3, 1) if channels_last else x
     L = _sizes(x, channels_last)[1]
     second, need_fc2 = w1 if w2 is None else w2, need_fc2 and w2 is not None
     gradients = [

@@ -156,10 +156,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> squeeze_excite_fwd(Tensor x, Tensor w
   return {y, pooled, hidden, z};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> squeeze_excite_bwd(Tensor dy, Tensor joined, Tensor w1, std::optional<Tensor> w2, Tensor pooled,
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> squeeze_excite_bwd(Tensor dy, Tensor map, Tensor w1, std::optional<Tensor> w2, Tensor pooled,
                                                                       Tensor hidden, Tensor z, int64_t act, int64_t gate,
                                                                       bool channels_last, bool need_dx, bool need_fc1, bool need_fc2) {
-  const Tensor x = split_map(kOp, joined, w1, 1, channels_last);
+  const Tensor x = in_memory_order(map, channels_last);
   const Sizes s = sizes_of(x, w1, w2, channels_last);
   check_tensor(kOp, "dy", dy, {x.size(0), x.size(1), x.size(2), x.size(3)}, x.scalar_type());
   check_tensor(kOp, "pooled", pooled, {s.N, s.C}, x.scalar_type());
@@ -180,24 +180,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> squeeze_excite_bwd(Tensor dy,
     for (Tensor* t : {&dw1, &db1, &dw2, &db2}) torch::stable::zero_(*t);
   } else if (need_dx || need_fc1 || need_fc2) {
     const Tensor w1_acc = in_type(w1, s.acc), w2_acc = s.two ? in_type(*w2, s.acc) : w1_acc;
-    MapParams map = map_params(s, x);
-    map.dy = array(dy);
-    if (need_dx) map.out = mutable_array(dx);
-    Tensor vectors = empty(x, {s.N, map.slices * s.C + 3 * s.C + 2 * s.R}, s.acc);
+    MapParams params = map_params(s, x);
+    params.dy = array(dy);
+    if (need_dx) params.out = mutable_array(dx);
+    Tensor vectors = empty(x, {s.N, params.slices * s.C + 3 * s.C + 2 * s.R}, s.acc);
     void* next = vectors.mutable_data_ptr();
     const auto rows = [&](int64_t size) { return std::exchange(next, row(s, next, s.N, size)); };
-    void *sums = rows(map.slices * s.C), *factors = rows(s.C), *dz = rows(s.C), *dpooled = rows(s.C), *dhidden = rows(s.R), *activated = rows(s.R);
+    void *sums = rows(params.slices * s.C), *factors = rows(s.C), *dz = rows(s.C), *dpooled = rows(s.C), *dhidden = rows(s.R), *activated = rows(s.R);
     const void *pre_act = hidden.const_data_ptr(), *pre_gate = z.const_data_ptr();
     for_groups(s, x, [&](int64_t n, int64_t count) {
-      MapParams group = from_image(map, n, count);
-      group.partial = row(s, sums, n, map.slices * s.C);
+      MapParams group = from_image(params, n, count);
+      group.partial = row(s, sums, n, params.slices * s.C);
       run_map(group, kernels().map_sum);
 
       FoldParams fold{};
       fold.is_double = s.acc == ScalarType::Double;
-      fold.C = s.C, fold.slices = map.slices, fold.partial = group.partial, fold.scale = 1;
+      fold.C = s.C, fold.slices = params.slices, fold.partial = group.partial, fold.scale = 1;
       fold.z = row(s, pre_gate, n, s.C), fold.out = row(s, dz, n, s.C), fold.gate = row(s, factors, n, s.C), fold.function = gate_function;
-      run_small(fold, count, (map.slices + 8) * s.C, kernels().fold);
+      run_small(fold, count, (params.slices + 8) * s.C, kernels().fold);
 
       const void* dfirst = fold.out;
       if (s.two && (need_dx || need_fc1)) {

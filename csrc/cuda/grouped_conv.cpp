@@ -32,16 +32,16 @@ Tensor grouped_conv_fwd(Tensor x, Tensor weight, std::optional<Tensor> bias, int
   if (bias) check_array(kOp, "bias", *bias, {s.C}, x);
   STD_TORCH_CHECK(out_dtype == x.scalar_type(), kOp, ": out_dtype must be the dtype of x");
   const Place place(x);
-  Tensor y = empty(x, joined_shape(s.N, s.C, s.out_H(), s.out_W(), nhwc), out_dtype);
+  Tensor y = empty(x, {s.N, s.out_H(), s.out_W(), s.C}, out_dtype);
   const GroupedConvParams p{s, array(x), array(weight), array(bias), mutable_array(y), false};
   if (s.N > 0) check_launch(kOp, "forward", grouped_conv_mma_launch(p, place.stream()));
-  return y;
+  return in_nchw(y, nhwc);
 }
 
-std::tuple<Tensor, Tensor, Tensor> grouped_conv_bwd(Tensor dy, Tensor joined, Tensor weight, int64_t stride_h, int64_t stride_w,
+std::tuple<Tensor, Tensor, Tensor> grouped_conv_bwd(Tensor dy, Tensor map, Tensor weight, int64_t stride_h, int64_t stride_w,
                                                     int64_t padding_h, int64_t padding_w, int64_t groups, bool nhwc, bool need_dx,
                                                     bool need_dweight) {
-  const Tensor x = split_map(kOp, joined, weight, groups, nhwc);
+  const Tensor x = in_memory_order(map, nhwc);
   const GroupedConvShape s = grouped_shape(x, weight, stride_h, stride_w, padding_h, padding_w, groups, nhwc);
   check_array(kOp, "dy", dy, {s.N, s.out_H(), s.out_W(), s.C}, x);
   STD_TORCH_CHECK(dy.scalar_type() == x.scalar_type(), kOp, ": dy must have the dtype of x");

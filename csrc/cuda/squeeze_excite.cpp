@@ -81,10 +81,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> squeeze_excite_fwd(Tensor x, Tensor w
   return {y, pooled, hidden, z};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> squeeze_excite_bwd(Tensor dy, Tensor joined, Tensor w1, std::optional<Tensor> w2, Tensor pooled,
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> squeeze_excite_bwd(Tensor dy, Tensor map, Tensor w1, std::optional<Tensor> w2, Tensor pooled,
                                                                       Tensor hidden, Tensor z, int64_t act, int64_t gate,
                                                                       bool channels_last, bool need_dx, bool need_fc1, bool need_fc2) {
-  const Tensor x = split_map(kOp, joined, w1, 1, channels_last);
+  const Tensor x = in_memory_order(map, channels_last);
   SqueezeExciteParams p = params(x, w1, w2, act, gate, channels_last);
   check_array(kOp, "dy", dy, {x.size(0), x.size(1), x.size(2), x.size(3)}, x);
   const auto saved = [&](const char* name, const Tensor& t, int64_t size) {

@@ -30,13 +30,9 @@ def in_format(y: torch.Tensor, data_format: str, channels_last: bool) -> torch.T
     return y if channels_last == (data_format == "NHWC") else _turned(y, channels_last)
 
 
-# A map that backward reads, with its channels joined to the axis beside them. torch.compile keeps it in that form from forward to
-# backward; of four axes Inductor would take it for (N, C, H, W), store it as channels_last, and transpose it back.
-def joined(x: torch.Tensor, channels_last: bool) -> torch.Tensor:
-    """x as (N, H, W C), or (N, C H, W)."""
-    return x.flatten(2) if channels_last else x.flatten(1, 2)
-
-
-def split(x: torch.Tensor, C: int, channels_last: bool) -> torch.Tensor:
-    """What `joined` was given."""
-    return x.unflatten(2, (x.shape[2] // C, C)) if channels_last else x.unflatten(1, (C, x.shape[1] // C))
+def in_nchw(x: torch.Tensor, data_format: str, channels_last: bool) -> torch.Tensor:
+    """x as (N, C, H, W), dense in the layout asked for. Raw ops take a map that backward reads like this, and no view of it, which
+    torch.compile would keep in its place, and beside it what else backward needs of the same values: between convolutions Inductor
+    stores anything of four axes as channels_last, (N, H, W, C) too, and transposes it back."""
+    x = x if data_format == "NCHW" else x.permute(0, 3, 1, 2)
+    return x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)

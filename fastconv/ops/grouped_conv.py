@@ -11,7 +11,7 @@ from . import _grouped, _registry
 from ._checks import check_device, check_float, dense, resolve_dtypes, without_autocast
 from ._function import first_order_only, needs_grad
 from ._grouped import Shape, is_nhwc, pair
-from ._layout import in_format, in_layout, joined, split
+from ._layout import in_format, in_layout, in_nchw
 
 OP = "grouped_conv"
 KERNELS = (1, 3, 5, 7)
@@ -56,7 +56,7 @@ def reference(x, weight, bias=None, stride=1, padding=0, groups=1, compute_dtype
         return F.conv2d(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), stride, padding, 1, groups)
 
 
-# Raw ops. x, dy and dx are contiguous, (N, H, W, C) with nhwc, else (N, C, H, W); y, and x in backward, `joined` (_layout.py).
+# Raw ops. x, dy and dx are contiguous, (N, H, W, C) with nhwc, else (N, C, H, W); y, and x in backward, are `in_nchw`.
 # A gradient that is not needed comes back as an empty tensor. dweight and dbias have weight's dtype, dx has x's.
 _GEOMETRY = "int stride_h, int stride_w, int padding_h, int padding_w, int groups, bool nhwc"
 SCHEMAS = {
@@ -69,11 +69,13 @@ SCHEMAS = {
 def _fake_fwd(x, weight, bias, stride_h, stride_w, padding_h, padding_w, groups, nhwc, out_dtype):
     N, C, H, W = (x.permute(0, 3, 1, 2) if nhwc else x).shape
     _, C, H, W = Shape(N, C, H, W, weight.shape[0], weight.shape[2], (stride_h, stride_w), (padding_h, padding_w), groups).out
-    return x.new_empty((N, H, W * C) if nhwc else (N, C * H, W), dtype=out_dtype)
+    y = x.new_empty((N, H, W, C) if nhwc else (N, C, H, W), dtype=out_dtype)
+    return in_format(y, "NCHW", nhwc)
 
 
 def _fake_bwd(dy, x, weight, stride_h, stride_w, padding_h, padding_w, groups, nhwc, need_dx, need_dweight):
-    dx = torch.empty_like(split(x, weight.shape[1] * groups, nhwc)) if need_dx else x.new_empty(0)
+    N, C, H, W = x.shape
+    dx = x.new_empty(((N, H, W, C) if nhwc else x.shape) if need_dx else (0,))
     return dx, *(weight.new_empty(size if need_dweight else (0,)) for size in (weight.shape, weight.shape[:1]))
 
 
@@ -109,7 +111,6 @@ class GroupedConv(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, weight)
         ctx.bias_dtype = None if bias is None else bias.dtype
-        # As it lies in memory: of a view that a Function returns nobody may change the values, and many an activation does.
         return _forward(x, weight, bias, shape, nhwc, dtype, backend) if passes.fwd else reference(x, weight, bias, *shape[-3:], dtype)
 
     @staticmethod
@@ -119,13 +120,12 @@ class GroupedConv(torch.autograd.Function):
             return (None,) * 8
         x, weight = saved
         shape, nhwc, dtype, passes = ctx.shape, ctx.nhwc, ctx.dtype, ctx.passes
-        dy = _map(dy, weight, nhwc) if passes.fwd else dy
         need_dx, need_dweight, need_dbias = ctx.needs_input_grad[:3]
         dx = dweight = dbias = None
         ours = need_dx and passes.dx, (need_dweight or need_dbias) and passes.dweight
         if any(ours):
             bwd = _registry.raw("grouped_conv_bwd", ctx.backend)
-            maps = in_layout(dy, "NCHW", nhwc), joined(in_layout(x, "NCHW", nhwc), nhwc)
+            maps = in_layout(dy, "NCHW", nhwc), in_nchw(x, "NCHW", nhwc)
             dx, dweight, dbias = bwd(*maps, weight.contiguous(), *shape.stride, *shape.padding, shape.groups, nhwc, *ours)
             dx = in_format(dx, "NCHW", nhwc) if ours[0] else None
         theirs = [need_dx and not ours[0], need_dweight and not ours[1], need_dbias and not ours[1]]
@@ -142,11 +142,6 @@ def _forward(x, weight, bias, shape, nhwc, dtype, backend):
     """As the raw op."""
     fwd = _registry.raw("grouped_conv_fwd", backend)
     return fwd(in_layout(x, "NCHW", nhwc), dense(weight), dense(bias), *shape.stride, *shape.padding, shape.groups, nhwc, dtype)
-
-
-def _map(y, weight, nhwc) -> torch.Tensor:
-    """(N, C, H, W) of what the raw op returns."""
-    return in_format(split(y, weight.shape[0], nhwc), "NCHW", nhwc)
 
 
 def grouped_conv(
@@ -194,6 +189,5 @@ def grouped_conv(
         return reference(x, weight, bias, *shape[-3:], dtype)
     nhwc = is_nhwc(x, weight)
     if not needs_grad(x, weight, bias):
-        return _map(_forward(x, weight, bias, shape, nhwc, dtype, choice.backend), weight, nhwc)
-    y = GroupedConv.apply(x, weight, bias, shape, nhwc, dtype, choice.backend, passes)
-    return _map(y, weight, nhwc) if passes.fwd else y
+        return _forward(x, weight, bias, shape, nhwc, dtype, choice.backend)
+    return GroupedConv.apply(x, weight, bias, shape, nhwc, dtype, choice.backend, passes)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from . import _registry
 from ._checks import check_device, check_float, check_vector, dense, resolve_dtypes, without_autocast
 from ._function import first_order_only, needs_grad
-from ._layout import in_format, in_layout, in_memory_order, joined
+from ._layout import in_format, in_layout, in_memory_order, in_nchw
 
 OP = "squeeze_excite"
 ACTS = {name: getattr(F, name) for name in ("relu", "silu", "gelu", "hardswish", "leaky_relu")} | {"identity": lambda h: h}
@@ -63,7 +63,7 @@ def reference(x, w1, b1=None, w2=None, b2=None, act="relu", gate="sigmoid", data
         return x * (s[:, None, None, :] if data_format == "NHWC" else s[:, :, None, None])
 
 
-# Raw ops. x is contiguous, (N, H, W, C) with channels_last and (N, C, H, W) without; in backward `joined` (_layout.py). act and
+# Raw ops. x is contiguous, (N, H, W, C) with channels_last and (N, C, H, W) without; in backward `in_nchw`. act and
 # gate are places in FUNCTIONS; without w2 the first layer is the only one and act is not used. `save` asks for what backward
 # needs, in the accumulation dtype: the means (N, C) and what act (N, R) and gate (N, C) are applied to, empty where not needed.
 SCHEMAS = {
@@ -132,7 +132,7 @@ class SqueezeExcite(torch.autograd.Function):
         x, *rest = saved[:-2]
         act, gate, data_format, channels_last, backend = ctx.options
         need_dx, need_dw1, need_db1, need_dw2, need_db2 = needed = ctx.needs_input_grad[:5]
-        x = joined(in_layout(x, data_format, channels_last), channels_last)
+        x = in_nchw(x, data_format, channels_last)
         bwd = _registry.raw("squeeze_excite_bwd", backend)
         dx, *grads = bwd(dy.contiguous(), x, *rest, act, gate, channels_last, need_dx, need_dw1 or need_db1, need_dw2 or need_db2)
         grads = in_format(dx, data_format, channels_last) if need_dx else None, *grads
