@@ -44,9 +44,9 @@ template <class T, int K, int kParts, class Slots>
 FC_DEVICE void load_filters(const GroupedConvParams& p, const GroupedGrid& g, int64_t c0, int c, const T* filters,
                             const GroupedOwn<kParts>& own, Filters<K, Slots>& f) {
   const int out = own.first + threadIdx.x % kWarp / 4;
-  const auto word = [&](int kh, int slot) -> uint32_t {
+  const auto word = [&](int kh, int slot) {
     const auto at = Slots::inputs(slot);
-    if (at.kw >= K) return 0;
+    if (at.kw >= K) return uint32_t{0};
     const int here = kh * K + at.kw, tap = p.transposed ? K * K - 1 - here : here;
     return filter_pair(p, g, c0, c, filters, out, at.in, tap);
   };
