@@ -181,10 +181,10 @@ def fma_an_output(name: str, width: int, stride: int) -> float:
     unit = 8 if 8 % width == 0 else width
     parts = math.ceil(unit / 8)
     slots = 9 * parts
+    if stride == 1 and unit > 8 and unit % 8 in (2, 4) and (name != "dweight" or parts == 2):  # of a row of taps together
+        slots = 3 * (3 * (parts - 1) + math.ceil(3 * (unit % 8) / 8))
     if name == "dweight":  # always whole pairs
         slots = 2 * math.ceil(slots / 2)
-    elif stride == 1 and unit > 8 and unit % 8 in (2, 4):  # of a row of taps together
-        slots = 3 * (3 * (parts - 1) + math.ceil(3 * (unit % 8) / 8))
     return 8 * slots * 8 * parts / unit
 
 
@@ -198,6 +198,11 @@ def test_few_products_are_of_padding():
     for width in (*WIDTHS, 18):
         for stride in (1, 2) if width % 8 in (0, 2 * (width == 2), 4 * (width == 4)) else (1,):
             assert fma_an_output("fwd", width, stride) <= 1.13 * formula(width), (width, stride)
+            # Of 6 channels no fewer pairs: with one more they would do for 8.
+            assert width == 18 or fma_an_output("dweight", width, stride) <= (1.26 if width == 6 else 1.17) * formula(width), (
+                width,
+                stride,
+            )
 
 
 STAGES = (
@@ -215,7 +220,7 @@ STAGES = (
 )
 QUICK_STAGES = (0, 4, 5, 10)
 PIECES = "cuda/grouped_conv_mma.cuh"
-KERNEL = "cuda/grouped_conv_mma_kernel.cu"
+KERNEL, STRIDED, WGRAD = (f"cuda/grouped_conv_mma_{name}kernel.cu" for name in ("", "strided_", "wgrad_"))
 
 
 def place(file: str, text: str) -> tuple[str, int]:
@@ -224,7 +229,11 @@ def place(file: str, text: str) -> tuple[str, int]:
 
 # Passes of shared memory over those without conflicts. Where lanes pick their filters it is once a block, which a whole tile hides;
 # words of left channels meet those of eight pixels further on.
-CONFLICTS = {place(PIECES, "const auto load = [&](int element)"): math.inf, place(KERNEL, "a[strip] = load_shared"): 2}
+CONFLICTS = {
+    place(PIECES, "const auto load = [&](int element)"): math.inf,
+    place(KERNEL, "a[strip] = load_shared"): 2,
+    place(WGRAD, "values[i] = load_shared"): 2,
+}
 
 
 @pytest.mark.parametrize(
@@ -261,7 +270,6 @@ def test_counters(stage):
 # --- seeded bugs
 
 
-STRIDED, WGRAD = "cuda/grouped_conv_mma_strided_kernel.cu", "cuda/grouped_conv_mma_wgrad_kernel.cu"
 EXACT, LARGE = "integers:2x17x21x40x4x1x1x1,3x9x7x72x24x1x0x2", "integers:2x19x23x40x8x2x1x0"
 
 
@@ -281,8 +289,9 @@ FAULTS = {
         Bug(KERNEL, "if constexpr (Slots::kOdd) mma", "if (Slots::kOdd && kh + 1 < K) mma"), EXACT, "out is wrong"
     ),
     "left channels of one tap": Fault(
-        Bug(KERNEL, "(at.kw < K ? at.kw : 0) * GroupedBlock<kParts>::kPitch + ", ""), "integers:2x9x7x30x10x1x1x1", "out is wrong"
+        Bug(PIECES, "(kw < K ? kw : 0) * GroupedBlock<kParts>::kPitch + channel", "channel"), "integers:2x9x7x30x10x1x1x1", "out is wrong"
     ),
+    "row before lost": Fault(Bug(WGRAD, "before[0] = odd[0], before[1] = odd[1];", ""), EXACT, "dweight is wrong"),
     "one partial for all slices": Fault(
         Bug(WGRAD, "p.partial + slice * g.C * (g.width * K * K + 1)", "p.partial"), EXACT, "dweight is wrong|not finite"
     ),

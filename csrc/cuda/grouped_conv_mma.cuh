@@ -127,6 +127,29 @@ template <int kParts, int kStride> FC_DEVICE int strip_byte(const GroupedGrid& g
   return (strip * (g.images == 2 ? g.window.image_columns / kStride : kStrip) + column) * GroupedBlock<kParts>::kPitch;
 }
 
+// The slots of a row of K taps where the stride is 1. Where a unit ends in kLeft channels past whole slots, 2 or 4, those of the
+// row share slots.
+template <int K_, int kParts_, int kLeft> struct Row {
+  static constexpr int K = K_, kParts = kParts_;
+  static constexpr int kWhole = kParts - (kLeft > 0), kOwn = K * kWhole;  // slots: of a tap, of all
+  static constexpr int kCount = kOwn + (K * kLeft + 7) / 8, kPairs = kCount / 2;
+  static constexpr bool kOdd = kCount % 2;
+
+  struct Input {
+    int kw, channel;  // of none from kw = K on
+    FC_DEVICE int byte() const { return (kw < K ? kw : 0) * GroupedBlock<kParts>::kPitch + channel * 2; }  // from a pixel on
+  };
+  // Input i of the eight of a slot; two in a row, from an even one on, are of one tap.
+  FC_DEVICE static Input input(int slot, int i) {
+    constexpr int kDivisor = kLeft > 0 ? kLeft : 8;
+    if (slot < kOwn) return {slot / kWhole, slot % kWhole * 8 + i};
+    const int at = (slot - kOwn) * 8 + i;
+    return {at / kDivisor, kWhole * 8 + at % kDivisor};
+  }
+  // Bytes from a pixel to a slot of one tap's own.
+  FC_DEVICE static int byte(int slot) { return slot / kWhole * GroupedBlock<kParts>::kPitch + slot % kWhole * 16; }
+};
+
 // --- filters
 
 // Element of the weights between two channels of a unit that begins with channel c, or -1 where they share none. `out` and `in`

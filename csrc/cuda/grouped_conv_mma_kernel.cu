@@ -7,33 +7,15 @@
 namespace fastconv::cuda {
 namespace {
 
-// The slots of a row of taps. Where a unit ends in kLeft channels past whole slots, 2 or 4, those of a row share slots.
-template <int K, int kParts, int kLeft> struct Row {
-  static constexpr int kWhole = kParts - (kLeft > 0), kOwn = K * kWhole;  // slots: of a tap, of all
-  static constexpr int kCount = kOwn + (K * kLeft + 7) / 8, kPairs = kCount / 2;
-  static constexpr bool kOdd = kCount % 2;
-
-  // A lane's two inputs of a slot: channels `in` and the next of tap column kw, or of none from K on.
-  struct Inputs {
-    int kw, in;
-  };
-  FC_DEVICE static Inputs inputs(int slot) {
-    const int two = threadIdx.x % 4 * 2, at = (slot - kOwn) * 8 + two;
-    if (kLeft == 0 || slot < kOwn) return {slot / kWhole, slot % kWhole * 8 + two};
-    return {at / (kLeft + !kLeft), kWhole * 8 + at % (kLeft + !kLeft)};
-  }
-  // Bytes from a pixel to a slot of one tap's own.
-  FC_DEVICE static int byte(int slot) { return slot / kWhole * GroupedBlock<kParts>::kPitch + slot % kWhole * 16; }
-  // A slot of the window's 16 pixels from `row` on, of this lane in ldmatrix, and `pixel`, of its fragment.
-  FC_DEVICE static void load(const GroupedGrid& g, const unsigned char* row, const unsigned char* pixel, int slot, uint32_t (&a)[2]) {
-    if (slot < kOwn) return ldmatrix(a, row + byte(slot));
-    const Inputs at = inputs(slot);
-    const unsigned char* const from = pixel + (at.kw < K ? at.kw : 0) * GroupedBlock<kParts>::kPitch + at.in * 2;
+// A slot of the window's 16 pixels from `row` on, of this lane in ldmatrix, and `pixel`, of its fragment: pixels by inputs.
+template <class Slots>
+FC_DEVICE void load_slot(const GroupedGrid& g, const unsigned char* row, const unsigned char* pixel, int slot, uint32_t (&a)[2]) {
+  if (slot < Slots::kOwn) return ldmatrix(a, row + Slots::byte(slot));
+  const auto at = Slots::input(slot, threadIdx.x % 4 * 2);
 #pragma unroll
-    for (int strip = 0; strip < 2; ++strip)
-      a[strip] = load_shared<uint32_t>(reinterpret_cast<const uint32_t*>(from + strip_byte<kParts, 1>(g, strip, 0)), at.kw < K);
-  }
-};
+  for (int strip = 0; strip < 2; ++strip)
+    a[strip] = load_shared<uint32_t>(reinterpret_cast<const uint32_t*>(pixel + at.byte() + strip_byte<Slots::kParts, 1>(g, strip, 0)), at.kw < Slots::K);
+}
 
 // Filters of a warp in the layout of b: rows are inputs, columns the 8 outputs.
 template <int K, class Slots> struct Filters {
@@ -45,10 +27,10 @@ FC_DEVICE void load_filters(const GroupedConvParams& p, const GroupedGrid& g, in
                             const GroupedOwn<kParts>& own, Filters<K, Slots>& f) {
   const int out = own.first + threadIdx.x % kWarp / 4;
   const auto word = [&](int kh, int slot) {
-    const auto at = Slots::inputs(slot);
+    const auto at = Slots::input(slot, threadIdx.x % 4 * 2);
     if (at.kw >= K) return uint32_t{0};
     const int here = kh * K + at.kw, tap = p.transposed ? K * K - 1 - here : here;
-    return filter_pair(p, g, c0, c, filters, out, at.in, tap);
+    return filter_pair(p, g, c0, c, filters, out, at.channel, tap);
   };
 #pragma unroll
   for (int kh = 0; kh < K; ++kh) {
@@ -102,11 +84,11 @@ __global__ void __launch_bounds__(GroupedBlock<kParts>::kThreads, 2) grouped_con
           continue;
         }
         uint32_t left[2], right[2];
-        Slots::load(g, row, pixel, 2 * i, left);
-        Slots::load(g, row, pixel, 2 * i + 1, right);
+        load_slot<Slots>(g, row, pixel, 2 * i, left);
+        load_slot<Slots>(g, row, pixel, 2 * i + 1, right);
         pairs[i][0] = left[0], pairs[i][1] = left[1], pairs[i][2] = right[0], pairs[i][3] = right[1];
       }
-      if constexpr (Slots::kOdd) Slots::load(g, row, pixel, Slots::kCount - 1, odd);
+      if constexpr (Slots::kOdd) load_slot<Slots>(g, row, pixel, Slots::kCount - 1, odd);
 #pragma unroll
       for (int kh = 0; kh < K; ++kh) {
         if (r < kh || r - kh >= g.rows) continue;
