@@ -122,7 +122,7 @@ def guarded(tensor, at_end):
     assert libc.mprotect(base, PAGE, 0) == 0 and libc.mprotect(base + (pages + 1) * PAGE, PAGE, 0) == 0
     start = base + PAGE + (pages * PAGE - size if at_end else 0)
     buffer = (ctypes.c_char * size).from_address(start)
-    copy = torch.frombuffer(buffer, dtype=tensor.dtype).view(tensor.shape)
+    copy = torch.frombuffer(buffer, dtype=tensor.dtype).as_strided(tensor.shape, torch.empty_like(tensor).stride())
     return copy.copy_(tensor)
 
 if "overrun" in sys.argv:  # the guard itself works
