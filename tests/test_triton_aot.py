@@ -79,7 +79,8 @@ def launches(op: str, C: int, K: int, dtype: str) -> list:
         for channels_last, gate in ((True, 6), (False, 7)):
             maps = one if channels_last else one.permute(0, 3, 1, 2).contiguous()
             y, *saved = squeeze_excite.fwd(maps, w1, None, w2, None, 1, gate, dtype, channels_last, True)
-            squeeze_excite.bwd(y, maps, w1, w2, *saved, 1, gate, channels_last, True, True, True)
+            nchw = maps.permute(0, 3, 1, 2) if channels_last else maps
+            squeeze_excite.bwd(y, nchw, w1, w2, *saved, 1, gate, channels_last, True, True, True)
     elif op == "depthwise_conv_norm":
         y, z, mean, rstd = depthwise_conv_norm.fwd(x, weight, vector, vector, vector, 1e-6, dtype, dtype, True)
         for dshortcut in (None, x):
@@ -90,8 +91,8 @@ def launches(op: str, C: int, K: int, dtype: str) -> list:
     elif op == "grouped_conv":
         width = {70: 10, 96: 16, 192: 32, 384: 64, 768: 128}[C]
         weight, geometry = torch.empty(C, width, K, K, dtype=dtype, device="meta"), (1, 1, K // 2, K // 2, C // width, True)
-        y = grouped_conv.fwd(x, weight, vector, *geometry, dtype)
-        grouped_conv.bwd(y, x, weight, *geometry, True, True)
+        y = grouped_conv.fwd(x, weight, vector, *geometry, dtype).permute(0, 2, 3, 1)
+        grouped_conv.bwd(y, x.permute(0, 3, 1, 2), weight, *geometry, True, True)
     elif op == "gelu_linear":
         gelu_linear.bwd(gelu_linear.fwd(x.flatten(), False, dtype), x.flatten(), False, True)
         gelu_linear.bwd(gelu_linear.fwd(x.flatten(), True, dtype), x.flatten(), True, True)
