@@ -13,8 +13,10 @@ FC_DEVICE void load_slot(const GroupedGrid& g, const unsigned char* row, const u
   if (slot < Slots::kOwn) return ldmatrix(a, row + Slots::byte(slot));
   const auto at = Slots::input(slot, threadIdx.x % 4 * 2);
 #pragma unroll
-  for (int strip = 0; strip < 2; ++strip)
-    a[strip] = load_shared<uint32_t>(reinterpret_cast<const uint32_t*>(pixel + at.byte() + strip_byte<Slots::kParts, 1>(g, strip, 0)), at.kw < Slots::K);
+  for (int strip = 0; strip < 2; ++strip) {
+    const unsigned char* const from = pixel + at.byte() + strip_byte<Slots::kParts, 1>(g, strip, 0);
+    a[strip] = load_shared<uint32_t>(reinterpret_cast<const uint32_t*>(from), at.kw < Slots::K);
+  }
 }
 
 // Filters of a warp in the layout of b: rows are inputs, columns the 8 outputs.

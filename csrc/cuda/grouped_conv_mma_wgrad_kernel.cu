@@ -29,8 +29,10 @@ FC_DEVICE void load_slot(const GroupedGrid& g, const unsigned char* row, const u
   for (int strip = 0; strip < 2; ++strip) {
     uint16_t values[2];
 #pragma unroll
-    for (int i = 0; i < 2; ++i)
-      values[i] = load_shared<uint16_t>(reinterpret_cast<const uint16_t*>(pixels + at.byte() + strip_byte<Slots::kParts, 1>(g, strip, i)), at.kw < Slots::K);
+    for (int i = 0; i < 2; ++i) {
+      const unsigned char* const from = pixels + at.byte() + strip_byte<Slots::kParts, 1>(g, strip, i);
+      values[i] = load_shared<uint16_t>(reinterpret_cast<const uint16_t*>(from), at.kw < Slots::K);
+    }
     x[strip] = pack(values[0], values[1]);
   }
 }
