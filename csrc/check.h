@@ -45,13 +45,16 @@ inline void check_like(const char* op, const char* name, const Tensor& t, std::i
   STD_TORCH_CHECK(t.scalar_type() == first, op, ": ", name, " must have the dtype of x");
 }
 
-// A map (N, C, H, W) as it lies in memory, and back. Why maps come like this: in_nchw in fastconv/ops/_layout.py.
+// A map (N, C, H, W) as it lies in memory. Why maps come like this: in_nchw in fastconv/ops/_layout.py.
 inline Tensor in_memory_order(const Tensor& x, bool channels_last) {
   if (!channels_last || x.dim() != 4) return x;
   return torch::stable::transpose(torch::stable::transpose(x, 1, 2), 2, 3);
 }
-inline Tensor in_nchw(const Tensor& x, bool channels_last) {
-  return channels_last ? torch::stable::transpose(torch::stable::transpose(x, 2, 3), 1, 2) : x;
+// A new map like that, and no view: of a view that a Function returns nobody may change the values, and many an activation does.
+inline Tensor empty_map(const Tensor& like, int64_t N, int64_t C, int64_t H, int64_t W, ScalarType dtype, bool channels_last) {
+  using torch::headeronly::MemoryFormat;
+  const MemoryFormat format = channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
+  return torch::stable::empty({N, C, H, W}, dtype, std::nullopt, like.device(), std::nullopt, format);
 }
 
 inline void check_dtype(const char* op, const char* name, ScalarType dtype, ScalarType like) {

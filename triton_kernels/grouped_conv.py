@@ -194,12 +194,13 @@ def fwd(x, weight, bias, stride_h, stride_w, padding_h, padding_w, groups, nhwc,
     N, _, H, W = _sizes(x, nhwc)
     out_C, in_width, K = weight.shape[:3]
     out_H, out_W = (H + 2 * padding_h - K) // stride_h + 1, (W + 2 * padding_w - K) // stride_w + 1
-    y = x.new_empty((N, out_H, out_W, out_C) if nhwc else (N, out_C, out_H, out_W), dtype=out_dtype)
+    memory_format = torch.channels_last if nhwc else torch.contiguous_format
+    y = torch.empty(N, out_C, out_H, out_W, dtype=out_dtype, device=x.device, memory_format=memory_format)
     taps = weight.view(groups, out_C // groups, in_width, K * K).permute(0, 3, 2, 1).contiguous()
     bias = None if bias is None else bias.contiguous()
     first, strides = (-padding_h, -padding_w), (stride_h, stride_w)
-    _conv(x, taps, bias, y, nhwc, groups, out_H, out_W, first, (0, 0), (0, 0), strides, (1, 1), False)
-    return y.permute(0, 3, 1, 2) if nhwc else y
+    _conv(x, taps, bias, y.permute(0, 2, 3, 1) if nhwc else y, nhwc, groups, out_H, out_W, first, (0, 0), (0, 0), strides, (1, 1), False)
+    return y
 
 
 def dgrad(dy, x, weight, stride, padding, groups, nhwc):

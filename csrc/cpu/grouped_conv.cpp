@@ -159,7 +159,7 @@ Tensor grouped_conv_fwd(Tensor x, Tensor weight, std::optional<Tensor> bias, int
   check_dtype(kOp, "out_dtype", out_dtype, x.scalar_type());
   const ScalarType acc = accumulation_type(x.scalar_type());
   const Tensor weight_acc = in_type(weight, acc), bias_acc = bias_or_zeros(kOp, bias, x, c.out_C, acc);
-  Tensor y = empty(x, c.map(c.out_C, c.out_H, c.out_W), out_dtype);
+  Tensor y = empty_map(x, c.N, c.out_C, c.out_H, c.out_W, out_dtype, nhwc);
   GroupedParams p = forward_pass(c);
   p.in = array(x);
   p.bias = bias_acc.const_data_ptr();
@@ -167,7 +167,7 @@ Tensor grouped_conv_fwd(Tensor x, Tensor weight, std::optional<Tensor> bias, int
   run_pass(p, weight_acc, [&](const auto* from, int64_t g, int64_t o, int64_t i, int64_t t) {
     return from[((g * c.out_width + o) * c.in_width + i) * p.taps + t];
   });
-  return in_nchw(y, nhwc);
+  return y;
 }
 
 std::tuple<Tensor, Tensor, Tensor> grouped_conv_bwd(Tensor dy, Tensor map, Tensor weight, int64_t stride_h, int64_t stride_w, int64_t padding_h,

@@ -32,10 +32,10 @@ Tensor grouped_conv_fwd(Tensor x, Tensor weight, std::optional<Tensor> bias, int
   if (bias) check_array(kOp, "bias", *bias, {s.C}, x);
   STD_TORCH_CHECK(out_dtype == x.scalar_type(), kOp, ": out_dtype must be the dtype of x");
   const Place place(x);
-  Tensor y = empty(x, {s.N, s.out_H(), s.out_W(), s.C}, out_dtype);
+  Tensor y = empty_map(x, s.N, s.C, s.out_H(), s.out_W(), out_dtype, nhwc);
   const GroupedConvParams p{s, array(x), array(weight), array(bias), mutable_array(y), false};
   if (s.N > 0) check_launch(kOp, "forward", grouped_conv_mma_launch(p, place.stream()));
-  return in_nchw(y, nhwc);
+  return y;
 }
 
 std::tuple<Tensor, Tensor, Tensor> grouped_conv_bwd(Tensor dy, Tensor map, Tensor weight, int64_t stride_h, int64_t stride_w,

@@ -69,8 +69,8 @@ SCHEMAS = {
 def _fake_fwd(x, weight, bias, stride_h, stride_w, padding_h, padding_w, groups, nhwc, out_dtype):
     N, C, H, W = (x.permute(0, 3, 1, 2) if nhwc else x).shape
     _, C, H, W = Shape(N, C, H, W, weight.shape[0], weight.shape[2], (stride_h, stride_w), (padding_h, padding_w), groups).out
-    y = x.new_empty((N, H, W, C) if nhwc else (N, C, H, W), dtype=out_dtype)
-    return in_format(y, "NCHW", nhwc)
+    memory_format = torch.channels_last if nhwc else torch.contiguous_format
+    return torch.empty(N, C, H, W, dtype=out_dtype, device=x.device, memory_format=memory_format)
 
 
 def _fake_bwd(dy, x, weight, stride_h, stride_w, padding_h, padding_w, groups, nhwc, need_dx, need_dweight):
