@@ -14,6 +14,7 @@ import torch
 ROOT = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import bench_models  # noqa: E402
 import gpu  # noqa: E402
 import gpu_check  # noqa: E402
 import interleaved  # noqa: E402
@@ -83,6 +84,18 @@ def test_models_end_to_end(tmp_path):
     modes = {(r["case"].split()[-1], r["entrant"]) for r in record["rows"]}
     layouts = ("NCHW", "channels_last")
     assert modes == {(mode, f"{who} {layout}") for mode in ("training", "inference") for who in ("eager", "ours") for layout in layouts}
+
+
+def test_gate_of_models_drops_nothing():
+    """Of a model with dropout the gate would else compare two draws, and pass or fail by chance."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Dropout(0.5), torch.nn.Flatten(), torch.nn.Linear(288, 10))
+    x, target = torch.randn(4, 3, 8, 8), torch.randint(10, (4,))
+    entrant = bench_models.Entrant(model, x, target, "NCHW", training=True, fused=False, compile=False)
+    exact = bench_models.truth(model, x, target, training=True)
+    for name, actual in entrant.results().items():
+        assert bench_models.relative(actual, exact[name]) < 1e-5, name
+    assert entrant.model[1].p == 0.5 == model[1].p
 
 
 @pytest.mark.slow
