@@ -140,14 +140,19 @@ def test_inductor_and_dynamic_sizes(dynamo):
     step(model.train(), images(4), compiled)
 
 
-@pytest.mark.parametrize("part", ("gate", "grouped"))
+@pytest.mark.parametrize("part", ("gate", "grouped", "block"))
 def test_inductor_keeps_maps_as_they_lie(dynamo, part):
     """Between convolutions Inductor takes what four axes backward is to find for (N, C, H, W), and stores it in channels_last: our
     (N, H, W, C) would come out transposed, and go back."""
     torch.manual_seed(0)
-    middle = timm.layers.SEModule(48, rd_channels=8) if part == "gate" else nn.Conv2d(48, 48, 3, padding=1, groups=12, bias=False)
-    layers = nn.Conv2d(16, 48, 1, bias=False), nn.BatchNorm2d(48), nn.ReLU(), middle, nn.BatchNorm2d(48), nn.ReLU(), nn.Conv2d(48, 16, 1)
-    plain = nn.Sequential(*layers).double().to(memory_format=torch.channels_last)
+    middle = {
+        "gate": timm.layers.SEModule(48, rd_channels=8),
+        "grouped": nn.Conv2d(48, 48, 3, padding=1, groups=12, bias=False),
+        "block": timm.models.convnext.ConvNeXtBlock(48),
+    }[part]
+    after = nn.Identity() if part == "block" else nn.BatchNorm2d(48)  # that norm would take the gradient of the block's last bias
+    layers = nn.BatchNorm2d(48), nn.ReLU(), middle, after, nn.ReLU()
+    plain = nn.Sequential(nn.Conv2d(16, 48, 1, bias=False), *layers, nn.Conv2d(48, 16, 1)).double().to(memory_format=torch.channels_last)
     model = copy.deepcopy(plain)
     assert fastconv.patch(model).fused
     x = torch.randn(2, 16, 12, 10, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
@@ -157,4 +162,5 @@ def test_inductor_keeps_maps_as_they_lie(dynamo, part):
     maps = [t for t in saved if t.numel() == 2 * 48 * 12 * 10]
     assert len(maps) >= 4
     for t in maps:
-        assert t.is_contiguous() if t.dim() == 3 else t.shape == (2, 48, 12, 10) and t.is_contiguous(memory_format=torch.channels_last)
+        nchw = t.shape == (2, 48, 12, 10)
+        assert t.is_contiguous(memory_format=torch.channels_last if nchw else torch.contiguous_format), (t.shape, t.stride())

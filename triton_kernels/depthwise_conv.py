@@ -204,7 +204,7 @@ def fwd(x, weight, bias, out_dtype):
 
 
 def bwd(dy, x, weight, need_dx, need_dweight):
-    return gradients(dy, x, weight, None, need_dx, need_dweight)
+    return gradients(dy, x.permute(0, 2, 3, 1), weight, None, need_dx, need_dweight)
 
 
 def gradients(dy, x, weight, dshortcut, need_dx, need_dweight):

@@ -146,14 +146,15 @@ def fwd(x, weight, bias, norm_weight, norm_bias, eps, z_dtype, out_dtype, save):
         saved = (mean, rstd) if save else (None, None)
         args = (z, norm_weight.contiguous(), norm_bias.contiguous(), y, *saved, eps, rows, C)
         launch(depthwise_conv_norm_fwd_kernel, programs, x, *args, ONE_BLOCK=cfg["BLOCK_C"] >= C, **cfg)
-    return y, z if save else x.new_empty(0, dtype=z_dtype), mean, rstd
+    return y, z.flatten(1, 2) if save else x.new_empty(0, dtype=z_dtype), mean, rstd
 
 
 def bwd(dy, x, weight, norm_weight, z, mean, rstd, dshortcut, need_dx, need_dweight, need_dnorm):
+    x = x.permute(0, 2, 3, 1)
     C, rows = x.shape[-1], x.shape[0] * x.shape[1] * x.shape[2]
     dnorm_weight, dnorm_bias = (norm_weight.new_empty((C,) if need_dnorm else (0,)) for _ in range(2))
     need_dz = need_dx or need_dweight
-    dz = torch.empty_like(z) if need_dz else None
+    dz = x.new_empty(x.shape, dtype=z.dtype) if need_dz else None
     if x.numel() == 0:
         dnorm_weight.zero_(), dnorm_bias.zero_()
     elif need_dz or need_dnorm:

@@ -96,6 +96,7 @@ Tensor depthwise_conv_fwd(Tensor x, Tensor weight, std::optional<Tensor> bias, S
 }
 
 std::tuple<Tensor, Tensor, Tensor> depthwise_conv_bwd(Tensor dy, Tensor x, Tensor weight, bool need_dx, bool need_dweight) {
+  x = in_memory_order(x, true);
   const ConvShape shape = conv_shape(kOp, x, weight);
   check_tensor(kOp, "dy", dy, {shape.N, shape.H, shape.W, shape.C}, x.scalar_type());
   BackwardParams p = backward_params(shape, false, dy);

@@ -16,8 +16,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> depthwise_conv_norm_fwd(
   check_dtype(kOp, "out_dtype", out_dtype, x.scalar_type());
   const ScalarType acc = accumulation_type(x.scalar_type());
 
-  const std::vector<int64_t> none{0}, full{shape.N, shape.H, shape.W, shape.C}, rows{shape.N, shape.H, shape.W};
-  Tensor y = empty(x, full, out_dtype), z = empty(x, save ? full : none, z_dtype);
+  const std::vector<int64_t> none{0}, all{shape.N, shape.H * shape.W, shape.C}, rows{shape.N, shape.H, shape.W};
+  Tensor y = empty(x, {shape.N, shape.H, shape.W, shape.C}, out_dtype), z = empty(x, save ? all : none, z_dtype);
   Tensor mean = empty(x, save ? rows : none, acc), rstd = empty(x, save ? rows : none, acc);
   Tensor packed = pack_weight(weight, shape, false, acc), bias_acc = bias_or_zeros(kOp, bias, x, shape.C, acc);
   Tensor norm_weight_acc = in_type(norm_weight, acc), norm_bias_acc = in_type(norm_bias, acc);
@@ -39,10 +39,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> depthwise_conv_norm_fwd(
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> depthwise_conv_norm_bwd(
     Tensor dy, Tensor x, Tensor weight, Tensor norm_weight, Tensor z, Tensor mean, Tensor rstd, std::optional<Tensor> dshortcut,
     bool need_dx, bool need_dweight, bool need_dnorm) {
+  x = in_memory_order(x, true);
   const ConvShape shape = conv_shape(kOp, x, weight);
   const auto [N, H, W, C, K] = shape;
   check_tensor(kOp, "dy", dy, {N, H, W, C}, x.scalar_type());
-  check_tensor(kOp, "z", z, {N, H, W, C}, x.scalar_type());
+  check_tensor(kOp, "z", z, {N, H * W, C}, x.scalar_type());
   check_tensor(kOp, "norm_weight", norm_weight, {C}, x.scalar_type());
   check_tensor(kOp, "mean", mean, {N, H, W}, x.scalar_type());
   check_tensor(kOp, "rstd", rstd, {N, H, W}, x.scalar_type());

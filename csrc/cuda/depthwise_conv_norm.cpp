@@ -24,10 +24,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> depthwise_conv_norm_fwd(
   p.eps = static_cast<float>(eps);
 
   const Place place(x);
-  const std::vector<int64_t> none{0}, full{N, H, W, C}, rows{N, H, W};
+  const std::vector<int64_t> none{0}, all{N, H * W, C}, rows{N, H, W};
   p.gpu = place.gpu();
   p.conv.y.dtype = dtype_of(z_dtype);
-  Tensor y = empty(x, full, out_dtype), z = empty(x, save || !depthwise_conv_norm_joins(p) ? full : none, z_dtype);
+  Tensor y = empty(x, {N, H, W, C}, out_dtype), z = empty(x, save || !depthwise_conv_norm_joins(p) ? all : none, z_dtype);
   Tensor mean = empty(x, save ? rows : none, ScalarType::Float), rstd = empty(x, save ? rows : none, ScalarType::Float);
   p.y = mutable_array(y);
   if (z.numel() > 0) p.conv.y = mutable_array(z);
@@ -42,10 +42,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> depthwise_conv_norm_fwd(
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> depthwise_conv_norm_bwd(
     Tensor dy, Tensor x, Tensor weight, Tensor norm_weight, Tensor z, Tensor mean, Tensor rstd, std::optional<Tensor> dshortcut,
     bool need_dx, bool need_dweight, bool need_dnorm) {
+  x = in_memory_order(x, true);
   const ConvShape shape = conv_shape(kOp, x, weight);
   const auto [N, H, W, C, K] = shape;
   check_array(kOp, "dy", dy, {N, H, W, C}, x);
-  check_array(kOp, "z", z, {N, H, W, C}, x);
+  check_array(kOp, "z", z, {N, H * W, C}, x);
   check_array(kOp, "norm_weight", norm_weight, {C}, x);
   check_array(kOp, "mean", mean, {N, H, W}, x);
   check_array(kOp, "rstd", rstd, {N, H, W}, x);

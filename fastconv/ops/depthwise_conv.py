@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from . import _registry
 from ._checks import check_device, check_float, check_vector, dense, resolve_dtypes, without_autocast
 from ._function import first_order_only, needs_grad
+from ._layout import in_nchw
 
 OP = "depthwise_conv"
 
@@ -72,8 +73,8 @@ def flops(x_shape, K: int) -> int:
     return 2 * N * H * W * C * K * K
 
 
-# Raw ops. x is contiguous NHWC. A gradient that is not needed comes back as an empty tensor. dweight and dbias have
-# weight's dtype, dx has x's.
+# Raw ops. Maps are contiguous NHWC, but x in backward, which is `in_nchw`. A gradient that is not needed comes back as an empty
+# tensor. dweight and dbias have weight's dtype, dx has x's.
 SCHEMAS = {
     "depthwise_conv_fwd": "(Tensor x, Tensor weight, Tensor? bias, ScalarType out_dtype) -> Tensor",
     "depthwise_conv_bwd": "(Tensor dy, Tensor x, Tensor weight, bool need_dx, bool need_dweight)"
@@ -86,7 +87,7 @@ def _fake_fwd(x, weight, bias, out_dtype):
 
 
 def _fake_bwd(dy, x, weight, need_dx, need_dweight):
-    dx = x.new_empty(x.shape if need_dx else (0,))
+    dx = x.new_empty(dy.shape if need_dx else (0,))
     dweight = weight.new_empty(weight.shape if need_dweight else (0,))
     return dx, dweight, weight.new_empty((weight.shape[0],) if need_dweight else (0,))
 
@@ -96,7 +97,7 @@ def _flops_fwd(x_shape, weight_shape, *args, **kwargs):
 
 
 def _flops_bwd(dy_shape, x_shape, weight_shape, need_dx, need_dweight, *args, **kwargs):
-    return flops(x_shape, weight_shape[-1]) * (int(need_dx) + int(need_dweight))
+    return flops(dy_shape, weight_shape[-1]) * (int(need_dx) + int(need_dweight))
 
 
 _registry.define(
@@ -126,7 +127,7 @@ class DepthwiseConv(torch.autograd.Function):
         x, weight = saved
         need_dx, need_dweight, need_dbias = ctx.needs_input_grad[:3]
         bwd = _registry.raw("depthwise_conv_bwd", ctx.backend)
-        dx, dweight, dbias = bwd(dy.contiguous(), x, weight, need_dx, need_dweight or need_dbias)
+        dx, dweight, dbias = bwd(dy.contiguous(), in_nchw(x, "NHWC", True), weight, need_dx, need_dweight or need_dbias)
         return dx if need_dx else None, dweight if need_dweight else None, dbias if need_dbias else None, None, None
 
 

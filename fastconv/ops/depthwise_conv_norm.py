@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from . import _registry
 from ._checks import check_device, check_vector, dense, resolve_dtypes, without_autocast
 from ._function import first_order_only, needs_grad
+from ._layout import in_nchw
 from .depthwise_conv import Shape, check_conv
 from .depthwise_conv import flops as conv_flops
 from .depthwise_conv import reference as conv_reference
@@ -48,9 +49,9 @@ def flops(x_shape, K: int) -> int:
     return conv_flops(x_shape, K) + 8 * N * H * W * C
 
 
-# Raw ops. x is contiguous NHWC. `save` asks for what backward needs: z, the convolution's output in z_dtype, and mean
-# and rstd, (N, H, W) in the accumulation dtype; without it they come back empty. So does a gradient that is not needed.
-# dx holds dshortcut, in the shape and dtype of x, where that is given.
+# Raw ops. Maps are contiguous NHWC, but x in backward, which is `in_nchw`. `save` asks for what backward needs: z, the
+# convolution's output (N, H * W, C) in z_dtype, and mean and rstd, (N, H, W) in the accumulation dtype; without it they come
+# back empty. So does a gradient that is not needed. dx holds dshortcut, in its shape and in the dtype of x, where that is given.
 SCHEMAS = {
     "depthwise_conv_norm_fwd": "(Tensor x, Tensor weight, Tensor? bias, Tensor norm_weight, Tensor norm_bias, float eps,"
     " ScalarType z_dtype, ScalarType out_dtype, bool save) -> (Tensor y, Tensor z, Tensor mean, Tensor rstd)",
@@ -62,15 +63,16 @@ SCHEMAS = {
 
 def _fake_fwd(x, weight, bias, norm_weight, norm_bias, eps, z_dtype, out_dtype, save):
     acc = torch.float64 if x.dtype == torch.float64 else torch.float32
+    N, H, W, C = x.shape
     rows = x.shape[:-1] if save else (0,)
     y = x.new_empty(x.shape, dtype=out_dtype)
-    z = x.new_empty(x.shape if save else (0,), dtype=z_dtype)
+    z = x.new_empty((N, H * W, C) if save else (0,), dtype=z_dtype)
     return y, z, x.new_empty(rows, dtype=acc), x.new_empty(rows, dtype=acc)
 
 
 def _fake_bwd(dy, x, weight, norm_weight, z, mean, rstd, dshortcut, need_dx, need_dweight, need_dnorm):
     C = weight.shape[0]
-    dx = x.new_empty(x.shape if need_dx else (0,))
+    dx = x.new_empty(dy.shape if need_dx else (0,))
     dweight = weight.new_empty(weight.shape if need_dweight else (0,))
     dbias = weight.new_empty((C,) if need_dweight else (0,))
     dnorm = (C,) if need_dnorm else (0,)
@@ -82,8 +84,8 @@ def _flops_fwd(x_shape, weight_shape, *args, **kwargs):
 
 
 def _flops_bwd(dy_shape, x_shape, weight_shape, norm, z, mean, rstd, dshortcut, need_dx, need_dweight, need_dnorm, **kwargs):
-    N, H, W, C = x_shape
-    return conv_flops(x_shape, weight_shape[-1]) * (int(need_dx) + int(need_dweight)) + (14 + (dshortcut is not None)) * N * H * W * C
+    N, H, W, C = dy_shape
+    return conv_flops(dy_shape, weight_shape[-1]) * (int(need_dx) + int(need_dweight)) + (14 + (dshortcut is not None)) * N * H * W * C
 
 
 _registry.define(
@@ -115,7 +117,9 @@ class DepthwiseConvNorm(torch.autograd.Function):
         need_dx, need_dweight, need_dbias, need_dgamma, need_dbeta = ctx.needs_input_grad[:5]
         bwd = _registry.raw("depthwise_conv_norm_bwd", ctx.backend)
         dshortcut = None if dshortcut is None or not need_dx else dshortcut.contiguous()
-        grads = bwd(dy.contiguous(), *saved[:-1], dshortcut, need_dx, need_dweight or need_dbias, need_dgamma or need_dbeta)
+        x, *others, _ = saved
+        maps = dy.contiguous(), in_nchw(x, "NHWC", True)
+        grads = bwd(*maps, *others, dshortcut, need_dx, need_dweight or need_dbias, need_dgamma or need_dbeta)
         return *(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad[:5])), *(None,) * 5
 
 
