@@ -63,10 +63,10 @@ def launches(op: str, C: int, K: int, dtype: str) -> list:
     triton.JITFunction.run = lambda self, *args, grid, warmup, **kwargs: recorded.append((self, args, kwargs))
     dtype = getattr(torch, dtype)
     x, vector = torch.empty(32, SIZES[C], SIZES[C] + 3 * (C == 70), C, dtype=dtype, device="meta"), torch.empty(C, device="meta")
-    weight = torch.empty(C, 1, K, K, device="meta")
+    weight, nchw = torch.empty(C, 1, K, K, device="meta"), x.permute(0, 3, 1, 2)
     if op == "depthwise_conv":
         depthwise_conv.fwd(x, weight, vector, dtype)
-        depthwise_conv.bwd(x, x, weight, True, True)
+        depthwise_conv.bwd(x, nchw, weight, True, True)
     elif op == "window_attention":  # V1 on whole windows; V2 with padding
         q, k, v = torch.empty(*x.shape[:3], 3, C // 32, 32, dtype=dtype, device="meta").unbind(3)
         table, scale = torch.empty((2 * K - 1) ** 2, C // 32, device="meta"), torch.empty(C // 32, device="meta")
@@ -79,12 +79,12 @@ def launches(op: str, C: int, K: int, dtype: str) -> list:
         for channels_last, gate in ((True, 6), (False, 7)):
             maps = one if channels_last else one.permute(0, 3, 1, 2).contiguous()
             y, *saved = squeeze_excite.fwd(maps, w1, None, w2, None, 1, gate, dtype, channels_last, True)
-            nchw = maps.permute(0, 3, 1, 2) if channels_last else maps
-            squeeze_excite.bwd(y, nchw, w1, w2, *saved, 1, gate, channels_last, True, True, True)
+            given = nchw[:1] if channels_last else maps
+            squeeze_excite.bwd(y, given, w1, w2, *saved, 1, gate, channels_last, True, True, True)
     elif op == "depthwise_conv_norm":
         y, z, mean, rstd = depthwise_conv_norm.fwd(x, weight, vector, vector, vector, 1e-6, dtype, dtype, True)
         for dshortcut in (None, x):
-            depthwise_conv_norm.bwd(y, x, weight, vector, z, mean, rstd, dshortcut, True, True, True)
+            depthwise_conv_norm.bwd(y, nchw, weight, vector, z, mean, rstd, dshortcut, True, True, True)
     elif op == "global_response_norm":
         y, norm = global_response_norm.fwd(x.flatten(1, 2), vector, vector, 1e-6, 1, dtype, True)
         global_response_norm.bwd(y, x.flatten(1, 2), vector, norm, 1e-6, 1, True, True)
@@ -92,7 +92,7 @@ def launches(op: str, C: int, K: int, dtype: str) -> list:
         width = {70: 10, 96: 16, 192: 32, 384: 64, 768: 128}[C]
         weight, geometry = torch.empty(C, width, K, K, dtype=dtype, device="meta"), (1, 1, K // 2, K // 2, C // width, True)
         y = grouped_conv.fwd(x, weight, vector, *geometry, dtype).permute(0, 2, 3, 1)
-        grouped_conv.bwd(y, x.permute(0, 3, 1, 2), weight, *geometry, True, True)
+        grouped_conv.bwd(y, nchw, weight, *geometry, True, True)
     elif op == "gelu_linear":
         gelu_linear.bwd(gelu_linear.fwd(x.flatten(), False, dtype), x.flatten(), False, True)
         gelu_linear.bwd(gelu_linear.fwd(x.flatten(), True, dtype), x.flatten(), True, True)
