@@ -248,7 +248,8 @@ COARSE = ("zero", "never written", "turned over")  # what no rounding to bfloat1
 
 
 def spoil(monkeypatch, name: str, index: int, change) -> list:
-    """Make the raw op `name` return result `index` changed; the list tells how often that made a difference."""
+    """Make the raw op `name` change result `index`, one of what it returns or writes over; the list tells how often that made a
+    difference."""
     real, applied = _registry.raw, []
 
     def raw(asked, backend):
@@ -260,10 +261,14 @@ def spoil(monkeypatch, name: str, index: int, change) -> list:
             results = function(*args)
             single = isinstance(results, torch.Tensor)
             results = [results] if single else list(results)
-            changed = change(results[index])
-            if not torch.equal(changed, results[index]):
+            outcomes = results + [arg for arg, schema in zip(args, function._schema.arguments) if schema.is_write]
+            changed = change(outcomes[index])
+            if not torch.equal(changed, outcomes[index]):
                 applied.append(name)
-            results[index] = changed
+            if index < len(results):
+                results[index] = changed
+            else:
+                outcomes[index].copy_(changed)
             return results[0] if single else tuple(results)
 
         return spoiled
@@ -273,13 +278,14 @@ def spoil(monkeypatch, name: str, index: int, change) -> list:
 
 
 def results_of(op: str) -> list[tuple[str, int]]:
-    return [(name, i) for name, schema in _registry.hub(op).SCHEMAS.items() for i in range(schema.split("->")[1].count("Tensor"))]
+    counts = {name: schema.split("->")[1].count("Tensor") + schema.count("!") for name, schema in _registry.hub(op).SCHEMAS.items()}
+    return [(name, i) for name, count in counts.items() for i in range(count)]
 
 
 @pytest.mark.parametrize("kind, dtype", [*((k, torch.float32) for k in SPOILS), *((k, torch.bfloat16) for k in COARSE)])
 @pytest.mark.parametrize("op, name, index", [(op, name, index) for op in sorted(OPS) for name, index in results_of(op)])
 def test_a_spoilt_result_turns_red(op, name, index, kind, dtype, monkeypatch):
-    """Every tensor that a raw op returns, statistics kept for backward among them, is under the contract."""
+    """Every tensor that a raw op returns or writes over, statistics kept for backward among them, is under the contract."""
     case = next(c for c in CASES[op] if not c.without and not c.wide and c.C == 33)
     check_op(case, dtype, "cpu")
     applied = spoil(monkeypatch, name, index, SPOILS[kind])

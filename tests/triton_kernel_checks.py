@@ -308,7 +308,7 @@ def test_offsets_past_2_31(op, monkeypatch):
         y = torch.nn.functional.gelu(value)
         expected = {"out": y.detach().bfloat16(), "dx": torch.autograd.grad(y.sum(), value)[0].bfloat16()}
         got = {"out": gelu_linear.fwd(x.view(-1), False, x.dtype).view(shape)}
-        got["dx"] = gelu_linear.bwd(ones.view(-1), x.view(-1), False, False)[0].view(shape)
+        got["dx"] = gelu_linear.bwd(ones.view(-1), x.view(-1), False, False).view(shape)
     else:
         big = corner._replace(tensors={n: grown(t) for n, t in corner.tensors.items()}, dout=grown(corner.dout))
         with use_backend("triton"):

@@ -21,8 +21,8 @@ def gelu_linear_bwd_kernel(
     dy,  # (count,)
     x,  # (count,)
     dx,  # (count,)
-    y,  # (count,) or None
     count,
+    RECOMPUTE: tl.constexpr,  # the activation of x takes the place of dy
     ACT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -30,8 +30,8 @@ def gelu_linear_bwd_kernel(
     value = tl.load(x + i, mask=i < count, other=0.0).to(tl.float32)
     grad = tl.load(dy + i, mask=i < count, other=0.0).to(tl.float32)
     tl.store(dx + i, (grad * activation_slope(value, ACT)).to(dx.dtype.element_ty), mask=i < count)
-    if y is not None:
-        tl.store(y + i, activate(value, ACT).to(y.dtype.element_ty), mask=i < count)
+    if RECOMPUTE:
+        tl.store(dy + i, activate(value, ACT).to(dy.dtype.element_ty), mask=i < count)
 
 
 def fwd(x, tanh, out_dtype):
@@ -42,9 +42,9 @@ def fwd(x, tanh, out_dtype):
     return y
 
 
-def bwd(dy, x, tanh, need_y):
-    dx, y, count = x.new_empty(x.shape), dy.new_empty(x.shape if need_y else (0,)), x.numel()
+def bwd(dy, x, tanh, recompute):
+    dx, count = x.new_empty(x.shape), x.numel()
     if count > 0:
-        args = (dy, x, dx, y if need_y else None, count)
-        launch(gelu_linear_bwd_kernel, triton.cdiv(count, CONFIG["BLOCK"]), x, *args, ACT=1 + tanh, **CONFIG)
-    return dx, y
+        constants = dict(RECOMPUTE=recompute, ACT=1 + tanh, **CONFIG)
+        launch(gelu_linear_bwd_kernel, triton.cdiv(count, CONFIG["BLOCK"]), x, dy, x, dx, count, **constants)
+    return dx

@@ -84,7 +84,7 @@ template <class F> FC_INLINE void with_activation(Activation act, F&& f) {
 
 template <class A> int64_t gelu_scratch_as(const GeluParams&) { return 4 * aligned_bytes(kChunk * sizeof(A)); }
 
-// y = gelu(x); with dy also dx = gelu'(x) dy. A task is a chunk.
+// y = gelu(x); with dy also dx = gelu'(x) dy, where y may lie over dy. A task is a chunk.
 template <class A> void gelu_as(const GeluParams& p, char* scratch, int64_t begin, int64_t end) {
   A *x_scratch = carve<A>(scratch, kChunk), *dy_scratch = carve<A>(scratch, kChunk), *y_scratch = carve<A>(scratch, kChunk), *dx_scratch = carve<A>(scratch, kChunk);
   const auto direct = [](MutableArray a) { return a.data && dtype_size(a.dtype) == sizeof(A); };
@@ -105,8 +105,8 @@ template <class A> void gelu_as(const GeluParams& p, char* scratch, int64_t begi
         for (int64_t i = 0; i < count; i += kLanes<A>) {
           const int64_t lanes = count - i < kLanes<A> ? count - i : kLanes<A>;
           const Activated<A> a = activate<A, kAct>(load_lanes<A>(x + i, lanes));
-          if (p.y.data) store_lanes<A>(y + i, a.value, lanes);
           store_lanes<A>(dx + i, load_lanes<A>(dy + i, lanes) * a.slope, lanes);
+          if (p.y.data) store_lanes<A>(y + i, a.value, lanes);
         }
         if (!direct(p.dx)) write(p.dx, first, count, dx);
       }

@@ -28,16 +28,16 @@ Tensor gelu_linear_fwd(Tensor x, bool tanh, ScalarType out_dtype) {
   return y;
 }
 
-std::tuple<Tensor, Tensor> gelu_linear_bwd(Tensor dy, Tensor x, bool tanh, bool need_y) {
+Tensor gelu_linear_bwd(Tensor dy, Tensor x, bool tanh, bool recompute) {
   GeluParams p = params(x, tanh);
   check_tensor(kOp, "dy", dy, {p.count}, x.scalar_type());
-  Tensor dx = torch::stable::empty_like(x), y = need_y ? empty(x, {p.count}, dy.scalar_type()) : nothing(x, dy.scalar_type());
-  if (p.count == 0) return {dx, y};
+  Tensor dx = torch::stable::empty_like(x);
+  if (p.count == 0) return dx;
   p.dy = array(dy);
   p.dx = mutable_array(dx);
-  if (need_y) p.y = mutable_array(y);
+  if (recompute) p.y = mutable_array(dy);
   run_chunks(p);
-  return {dx, y};
+  return dx;
 }
 
 }  // namespace

@@ -41,11 +41,11 @@ def reference(x, weight, bias=None, approximate="none", compute_dtype=None):
         return F.linear(y, weight.to(compute_dtype), None if bias is None else bias.to(compute_dtype))
 
 
-# Raw ops on flat tensors: what gelu_linear does beside PyTorch's own matrix products. Backward returns dx = gelu'(x) dy and,
-# if needed, gelu(x) again in dy's dtype.
+# Raw ops on flat tensors: what gelu_linear does beside PyTorch's own matrix products. Backward returns dx = gelu'(x) dy; with
+# recompute, gelu(x) takes the place of dy, which saves a map of the hidden layer.
 SCHEMAS = {
     "gelu_linear_fwd": "(Tensor x, bool tanh, ScalarType out_dtype) -> Tensor",
-    "gelu_linear_bwd": "(Tensor dy, Tensor x, bool tanh, bool need_y) -> (Tensor dx, Tensor y)",
+    "gelu_linear_bwd": "(Tensor(a!) dy, Tensor x, bool tanh, bool recompute) -> Tensor",
 }
 
 
@@ -53,8 +53,8 @@ def _fake_fwd(x, tanh, out_dtype):
     return x.new_empty(x.shape, dtype=out_dtype)
 
 
-def _fake_bwd(dy, x, tanh, need_y):
-    return x.new_empty(x.shape), dy.new_empty(x.shape if need_y else (0,))
+def _fake_bwd(dy, x, tanh, recompute):
+    return x.new_empty(x.shape)
 
 
 _registry.define(
@@ -133,8 +133,8 @@ def _gelu_backward(dout, x, weight, tanh: bool, backend, need_dx: bool, need_y: 
     """dx and gelu(x) of rows, each None where it is not needed."""
     if need_dx:
         dy = linear_gradients(dout, x, weight, True, False)[0].contiguous()
-        dx, y = _registry.raw("gelu_linear_bwd", backend)(dy.view(-1), x.view(-1), tanh, need_y)
-        return dx.view(x.shape), y.view(x.shape) if need_y else None
+        dx = _registry.raw("gelu_linear_bwd", backend)(dy.view(-1), x.view(-1), tanh, need_y)
+        return dx.view(x.shape), dy if need_y else None  # gelu(x) by now
     return None, _registry.raw("gelu_linear_fwd", backend)(x.view(-1), tanh, weight.dtype).view(x.shape) if need_y else None
 
 
