@@ -26,7 +26,7 @@ COMPILE_ARGS = [
 ]
 CPU_SOURCES = [
     *("ops", "depthwise_conv", "depthwise_conv_norm", "residual_scale", "gelu_linear", "global_response_norm"),
-    *("squeeze_excite", "grouped_conv", "window_attention"),
+    *("squeeze_excite", "grouped_conv", "window_attention", "linear"),
     *("kernels_default", "kernels_avx2", "kernels_avx512"),
 ]
 CUDA_BUILD = "build/cuda"  # not a temporary folder of pip's: objects are reused

@@ -233,16 +233,18 @@ def poisoned() -> Iterator[None]:
 
 
 class RawCalls(TorchDispatchMode):
-    """Records (overload, arguments, results) of every raw op of this package that runs inside the block."""
+    """Records (overload, arguments as they were before, results) of every raw op of this package that runs inside the block."""
 
     def __init__(self):
         super().__init__()
         self.calls = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        ours = func.namespace in NAMESPACES.values()
+        before = tuple(a.clone() if ours and schema.is_write else a for a, schema in zip(args, func._schema.arguments))
         results = func(*args, **(kwargs or {}))
-        if func.namespace in NAMESPACES.values():
-            self.calls.append((func, args, results if isinstance(results, tuple) else (results,)))
+        if ours:
+            self.calls.append((func, before, results if isinstance(results, tuple) else (results,)))
         return results
 
 

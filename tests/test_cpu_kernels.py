@@ -40,7 +40,8 @@ def test_the_level_is_the_best_or_the_one_asked_for():
 def test_every_level_keeps_the_contract(level):
     """The level that this process runs is tested by the test_op*.py; the others run their CPU part in a process each."""
     selection = "test_the_level_is or conversion or rounding or (test_values_and_gradients and cpu) or gradcheck or layouts or nan_and_inf"
-    files = [str(HERE / name) for name in ("test_cpu_kernels.py", "test_ops.py", "test_op_layouts.py")]
+    selection += " or linear_wgrad"
+    files = [str(HERE / name) for name in ("test_cpu_kernels.py", "test_ops.py", "test_op_layouts.py", "test_linear_wgrad.py")]
     result = in_process("-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", selection, *files, FASTCONV_CPU_CAPABILITY=level)
     assert result.returncode == 0, result.stdout[-4000:]
     assert int(re.search(r"(\d+) passed", result.stdout)[1]) > 350, result.stdout[-500:]
@@ -137,6 +138,12 @@ for op, cases in CASES.items():
                     again = func(*[guarded(a, at_end) if isinstance(a, torch.Tensor) else a for a in args])
                     again = again if isinstance(again, tuple) else (again,)
                     assert all(torch.equal(a, r) for a, r in zip(again, results)), (op, case)
+for sizes in ((1, 1, 1), (129, 9, 17), (300, 200, 400)):
+    tensors = [torch.randn(sizes[0], columns) for columns in sizes[1:]]
+    results = torch.ops.fastconv.linear_wgrad(*tensors, True)
+    for at_end in (True, False):
+        again = torch.ops.fastconv.linear_wgrad(*(guarded(t, at_end) for t in tensors), True)
+        assert all(torch.equal(a, r) for a, r in zip(again, results)), sizes
 print("done")
 """
 

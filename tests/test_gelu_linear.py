@@ -44,9 +44,10 @@ def test_gelu_linear_in_pieces(monkeypatch, frozen, rows):
 
 
 @pytest.mark.parametrize("frozen", [(), ("x",), ("w1",), ("x", "w1", "b1"), ("b1", "w2"), ("b2",), ("x", "w1", "b1", "w2", "b2")])
-@pytest.mark.parametrize("bias", [True, False])
-def test_whole_mlp_in_pieces(monkeypatch, frozen, bias):
+@pytest.mark.parametrize("bias, kernel", [(True, True), (True, False), (False, True), (False, False)])
+def test_whole_mlp_in_pieces(monkeypatch, frozen, bias, kernel):
     """The linear layer before joins: the same values, and each gradient that is wanted."""
+    monkeypatch.setattr(_linear, "WEIGHT_KERNEL", kernel)
     monkeypatch.setattr(_pieces, "ELEMENTS", 640)
     monkeypatch.setattr(_pieces, "ROWS", 64)
     g = torch.Generator().manual_seed(0)

@@ -20,7 +20,7 @@ from fastconv.testing import CASES, check_op
 
 CSRC = pathlib.Path(__file__).parent.parent / "csrc"
 GLUE = ("ops", "depthwise_conv", "depthwise_conv_norm", "gelu_linear", "global_response_norm", "grouped_conv", "residual_scale")
-GLUE += ("squeeze_excite", "window_attention")
+GLUE += ("linear", "squeeze_excite", "window_attention")
 KERNELS = ("kernels_default",)
 COMPILER = os.environ.get("CXX", "c++").split()
 FLAGS = ["-O0", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno", "-Wno-psabi"]
@@ -118,6 +118,13 @@ MUTANTS |= {
     "norm without gradient": (WINDOW, "load(row + d) * along)", "load(row + d) * A(0))", ONLY),
     "slice of windows lost": ("window_attention.cpp", "slice < p.slices; ++slice", "slice + 1 < p.slices; ++slice", ONLY),
 }
+LINEAR, ONLY = "linear_kernel.h", ("linear_wgrad",)
+MUTANTS |= {
+    "dweight of the last rows alone": (LINEAR, "load(c + r * c_row + v * kLanes<A>) + sum[r][v]", "sum[r][v]", ONLY),
+    "dbias of the last rows alone": (LINEAR, "dbias[d] += static_cast<double>(recent[d])", "dbias[d] = recent[d]", ONLY),
+    "first block of columns again": (LINEAR, "first_c(task % p.blocks_c * p.block_c)", "first_c(0)", ONLY),
+    "first row of a group again": (LINEAR, "dy(first + k + q) + d", "dy(first + k) + d", ONLY),
+}
 QUICK = (
     "one region fewer",
     "one chunk of a plane",
@@ -149,6 +156,10 @@ try:
         sys.path.insert(0, tests)
         from test_cpu_kernels import test_rounding_to_half
         test_rounding_to_half(torch.bfloat16)
+    elif op == "linear_wgrad":
+        sys.path.insert(0, tests)
+        from test_linear_wgrad import check_integers
+        check_integers()
     else:
         for case in sorted(CASES[op], key=lambda case: case.shape[-2:][0] - case.shape[:2][-1]):  # tall maps first
             check_op(case, torch.float32, "cpu")
@@ -201,7 +212,7 @@ def contract(library: pathlib.Path, op: str) -> subprocess.CompletedProcess:
 def test_the_code_as_it_is_passes(objects, tmp_path):
     """Built in the same way: what turns a mutant red is the mutation."""
     library = link(list(objects.values()), tmp_path / "same.so")
-    for op in (*sorted(OPS), "rounding"):
+    for op in (*sorted(OPS), "rounding", "linear_wgrad"):
         result = contract(library, op)
         assert result.returncode == 0, (op, result.stdout[-2000:], result.stderr[-2000:])
 

@@ -1,6 +1,7 @@
 """The linear layers of a block as 1x1 convolutions: the same layer to whoever looks, for every model that is patched."""
 
 import copy
+import itertools
 import os
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.convnext import CNBlockConfig
 from transformers import ConvNextV2Config, ConvNextV2Model
 
@@ -33,7 +35,7 @@ GELU_LINEAR = sys.modules["fastconv.ops.gelu_linear"]  # `fastconv.ops.gelu_line
 def at_any_size(monkeypatch, one_thread):
     """As on a processor that prefers convolutions, and on more threads than the tests take; no tensor is too small."""
     monkeypatch.setattr(_linear, "PREFERS_CONVOLUTION", True)
-    monkeypatch.setattr(_linear, "PREFERS_WEIGHT_PRODUCTS", False)
+    monkeypatch.setattr(_linear, "WEIGHT_KERNEL", False)
     monkeypatch.setattr(_linear, "_threads", lambda: 2)
     for bound in ("MIN_ROWS", "MIN_PRODUCTS"):
         monkeypatch.setattr(_linear, bound, 0)
@@ -122,25 +124,44 @@ def test_wide_and_narrow_over_many_rows():
     assert actual[0].is_contiguous()
 
 
-@pytest.mark.parametrize(
-    ("rows", "inputs", "outputs", "product"),
-    [(64, 8, 4, False), (63, 8, 4, True), (64, 4, 8, True), (64, 8, 8, False), (64, 9, 8, True), (64, 80, 4, True)],
-)
-def test_weight_gradients_by_products(monkeypatch, rows, inputs, outputs, product):
-    """Where MKL's code is as wide as oneDNN's: few rows, more outputs than inputs, a large weight. The last is not transposed."""
-    monkeypatch.setattr(_linear, "PREFERS_WEIGHT_PRODUCTS", True)
-    for bound, value in (("MIN_WEIGHT_ROWS", 64), ("MAX_WEIGHT", 64), ("MAX_TRANSPOSED", 300)):
-        monkeypatch.setattr(_linear, bound, value)
+@pytest.mark.parametrize("needs", itertools.product((True, False), repeat=3), ids=str)
+@pytest.mark.parametrize("kernel", [True, False])
+def test_gradients_by_either_kernel(monkeypatch, kernel, needs):
+    monkeypatch.setattr(_linear, "WEIGHT_KERNEL", kernel)
     g = torch.Generator().manual_seed(0)
-    x, weight, dy = (torch.randn(s, generator=g) for s in ((rows, inputs), (outputs, inputs), (rows, outputs)))
+    x, weight, dy = (torch.randn(s, generator=g) for s in ((64, 9), (8, 9), (64, 8)))
     with Calls() as calls:
-        dx, dweight = _linear.gradients(dy, x, weight, True, True)
-    assert (torch.ops.aten.mm in calls.seen) is product
-    assert dweight.is_contiguous()
-    torch.testing.assert_close(dx, dy @ weight)
-    torch.testing.assert_close(dweight, dy.t() @ x)
-    leaves = [t.double().requires_grad_() for t in (x, weight)]
-    assert torch.autograd.gradcheck(lambda *t: _linear.as_convolution(*t, None), leaves)
+        actual = _linear.gradients(dy, x, weight, *needs)
+    assert (torch.ops.fastconv.linear_wgrad in calls.seen) is (kernel and needs[1])
+    assert (torch.ops.aten.convolution_backward in calls.seen) is (needs[0] or (needs[1] and not kernel))
+    for result, needed, expected in zip(actual, needs, (dy @ weight, dy.t() @ x, dy.sum(0)), strict=True):
+        assert (result is not None) is needed
+        if needed:
+            assert result.is_contiguous()
+            torch.testing.assert_close(result, expected)
+
+
+@pytest.mark.parametrize("kernel", [True, False])
+def test_first_and_second_derivatives(monkeypatch, kernel):
+    monkeypatch.setattr(_linear, "WEIGHT_KERNEL", kernel)
+    leaves = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((5, 3), (4, 3), (4,))]
+    assert torch.autograd.gradcheck(_linear.as_convolution, leaves)
+    assert torch.autograd.gradgradcheck(_linear.as_convolution, leaves)
+
+
+def test_a_step_with_the_weight_kernel(monkeypatch):
+    monkeypatch.setattr(_linear, "WEIGHT_KERNEL", True)
+    model, plain = pair()
+    with Calls() as calls:
+        actual = step(model, images())
+    assert sum(op is torch.ops.fastconv.linear_wgrad for op in calls.seen) == 4, "two blocks of two layers"
+    assert_agree(actual, step(plain, images()))
+
+
+def test_products_are_counted():
+    with FlopCounterMode(display=False) as counter:
+        torch.ops.fastconv.linear_wgrad(torch.ones(5, 4), torch.ones(5, 3), True)
+    assert counter.get_total_flops() == 2 * 5 * 4 * 3
 
 
 def swin_block(library):
@@ -235,7 +256,7 @@ def test_opcheck():
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_static", "test_aot_dispatch_dynamic")
     for bias in (None, torch.randn(5)):
         torch.library.opcheck(torch.ops.fastconv.pointwise_conv.default, (x, weight, bias), test_utils=tests)
-    for needs in ((True, True), (True, False), (False, True)):
+    for needs in itertools.product((True, False), repeat=3):
         torch.library.opcheck(torch.ops.fastconv.pointwise_conv_backward.default, (dy, x, weight, *needs), test_utils=tests)
 
 

@@ -165,6 +165,14 @@ struct WindowParams {
   void* partial;                           // [slices][heads][positions + 1 + 3 * D]: dtable, dlogit_scale, dpad
 };
 
+// dweight = dy^T x and dbias, the sum of dy, of dy [rows][D] and x [rows][C] in the accumulation type.
+struct LinearWgradParams {
+  int64_t rows, D, C;
+  int64_t block_d, block_c, blocks_c, blocks;  // of dweight
+  Array dy, x;
+  MutableArray dweight, dbias;                 // dbias null: not needed
+};
+
 struct Kernels {
   const char* name;
   int64_t vector_bytes;
@@ -196,6 +204,8 @@ struct Kernels {
   void (*grouped)(const GroupedParams&, void* scratch, int64_t begin, int64_t end);        // a task is (band of an image) * blocks of groups + block
   int64_t (*grouped_wgrad_scratch)(const GroupedParams&);
   void (*grouped_wgrad)(const GroupedParams&, void* scratch, int64_t begin, int64_t end);  // a task is slice * blocks of groups + block
+  int64_t (*linear_wgrad_scratch)(const LinearWgradParams&);
+  void (*linear_wgrad)(const LinearWgradParams&, void* scratch, int64_t begin, int64_t end);  // a task is a block of dweight
 };
 
 const Kernels& kernels();

@@ -35,6 +35,8 @@ namespace {
 
 #include "window_attention_kernel.h"
 
+#include "linear_kernel.h"
+
 // Picks the accumulation type.
 #define FC_SCRATCH(name, Params, dtype) \
   int64_t name(const Params& p) { return is_double(dtype) ? name##_as<double>(p) : name##_as<float>(p); }
@@ -73,6 +75,8 @@ FC_SCRATCH(grouped_scratch, GroupedParams, p.in.dtype)
 FC_TASKS(grouped, GroupedParams, p.in.dtype)
 FC_SCRATCH(grouped_wgrad_scratch, GroupedParams, p.in.dtype)
 FC_TASKS(grouped_wgrad, GroupedParams, p.in.dtype)
+FC_SCRATCH(linear_wgrad_scratch, LinearWgradParams, p.x.dtype)
+FC_TASKS(linear_wgrad, LinearWgradParams, p.x.dtype)
 
 }  // namespace
 }  // namespace level_*
@@ -106,6 +110,8 @@ extern const Kernels FC_TABLE(FASTCONV_LEVEL) = {
     FC_NAMESPACE(FASTCONV_LEVEL)::grouped,
     FC_NAMESPACE(FASTCONV_LEVEL)::grouped_wgrad_scratch,
     FC_NAMESPACE(FASTCONV_LEVEL)::grouped_wgrad,
+    FC_NAMESPACE(FASTCONV_LEVEL)::linear_wgrad_scratch,
+    FC_NAMESPACE(FASTCONV_LEVEL)::linear_wgrad,
 };
 
 }  // namespace fastconv::cpu

@@ -2,15 +2,20 @@
 
 MKL keeps AMD's processors from its AVX-512 code: its float32 products reach less than half of what oneDNN's do on Zen 5, and
 on Zen 4, where such code has no more lanes, four fifths to all of it; F.linear also copies the bias to every row first. Both are
-torch's own kernels and both have all derivatives; which one runs is decided at each call, by the shape.
+torch's own kernels and both have all derivatives; which one runs is decided at each call, by the shape. Gradients of weight and
+bias are a kernel of ours where it is faster than either.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import os
 
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import register_flop_formula
+
+from fastconv import _library
 
 from ._function import constant_when_traced
 
@@ -26,7 +31,7 @@ def _prefers_convolution() -> bool:
 PREFERS_CONVOLUTION = _prefers_convolution()  # of this processor
 
 
-def _wide_products() -> bool:
+def _up_to_zen4() -> bool:
     if not PREFERS_CONVOLUTION:
         return False
     from fastconv import _C
@@ -35,21 +40,16 @@ def _wide_products() -> bool:
 
 
 ZEN5 = 26
-# Up to Zen 4 AVX-512 has no more lanes than what MKL uses, and MKL's products win where they add up over the rows.
-PREFERS_WEIGHT_PRODUCTS = _wide_products()
+UP_TO_ZEN4 = _up_to_zen4()  # where AVX-512 has no more lanes than what MKL uses
+# linear_wgrad, gradients of weight and bias in one kernel of ours: 188 to 204 GFLOP/s of 2 threads at swin_tiny's shapes, where
+# torch's best of product and convolution, with the sum, has 120 to 190. Zen 4, torch 2.14, 2026-11-29; not measured on others.
+WEIGHT_KERNEL = UP_TO_ZEN4 and not _library.cpu_missing and os.environ.get("FASTCONV_CPU_CAPABILITY", "avx512") in ("", "avx512")
 
 # Where the convolution wins, forward and backward, on an AMD EPYC (Zen 5), 2 threads, torch 2.15, 2026-11-22: about 1.1x at
 # MIN_PRODUCTS, 1.3x to 2.3x at ConvNeXt-T's shapes, 0.7x to 1.3x under MIN_ROWS. `pytest benchmarks -k linear` measures it.
 MIN_ROWS = 192
 MIN_PRODUCTS = 2**23  # rows x in_features x out_features
 MIN_ELEMENTS = 20_480  # below it, or on one thread, torch computes a 1x1 convolution by MKL too
-
-# dweight on Zen 4, torch 2.14, 2026-11-28, in GFLOP/s of 2 threads: the convolution has 206 to the product's 157 at 25,088 rows of
-# 384 to 96, 187 to 161 at 2,048, but 161 to 188 at 6,272 of 768 to 192, 139 to 157 at 25,088 of 96 to 384, and a third of it at
-# many an odd number of rows. A transposed product is up to a fifth faster; the copy of a large dweight costs more.
-MIN_WEIGHT_ROWS = 2048
-MAX_WEIGHT = 2**16
-MAX_TRANSPOSED = 2**20
 
 
 @constant_when_traced
@@ -92,43 +92,54 @@ def _forward(x, weight, bias):
     return y.data  # no view to autograd: of one that a Function returns nobody may change the values, and many a dropout does
 
 
-def _backward(dy, x, weight, need_dx: bool, need_dweight: bool):
-    settings = [1, 1], [0, 0], [1, 1], False, [0, 0], 1  # stride, padding, dilation, transposed, output padding, groups
-    maps = _as_map(dy), _as_map(x), weight[:, :, None, None]
-    convolved = need_dweight and not (PREFERS_WEIGHT_PRODUCTS and _product_is_faster(x.shape[0], *weight.shape))
-    dx = dweight = None
+def _backward(dy, x, weight, need_dx: bool, need_dweight: bool, need_dbias: bool):
+    dx = dweight = dbias = None
+    second_order = torch.is_grad_enabled() and (dy.requires_grad or x.requires_grad)  # of which our kernel knows nothing
+    if need_dweight and WEIGHT_KERNEL and not second_order:
+        dweight, dbias = torch.ops.fastconv.linear_wgrad(dy, x, need_dbias)
+    convolved = need_dweight and dweight is None
     if need_dx or convolved:
-        dx, dweight, _ = torch.ops.aten.convolution_backward(*maps, None, *settings, [need_dx, convolved, False])
+        settings = [1, 1], [0, 0], [1, 1], False, [0, 0], 1  # stride, padding, dilation, transposed, output padding, groups
+        maps = _as_map(dy), _as_map(x), weight[:, :, None, None]
+        dx, conv_dweight, _ = torch.ops.aten.convolution_backward(*maps, None, *settings, [need_dx, convolved, False])
         dx = dx.permute(0, 2, 3, 1).reshape(x.shape) if need_dx else None
-        dweight = dweight.flatten(1) if convolved else None
-    if need_dweight and not convolved:
-        transposed = weight.shape[0] < weight.shape[1] and weight.numel() <= MAX_TRANSPOSED
-        dweight = (x.t() @ dy).t().contiguous() if transposed else dy.t() @ x
-    return dx, dweight
-
-
-def _product_is_faster(rows: int, outputs: int, inputs: int) -> bool:
-    return rows < MIN_WEIGHT_ROWS or outputs > inputs or outputs * inputs > MAX_WEIGHT
+        dweight = conv_dweight.flatten(1) if convolved else dweight
+    return dx, dweight, None if not need_dbias else dy.sum(0) if dbias is None else dbias
 
 
 # The same as operators of their own, for torch.compile. In a graph of its own the compiler takes an image of one column for
 # contiguous NCHW, and transposes every map before and after the convolution.
-def _backward_op(dy, x, weight, need_dx, need_dweight):
-    return [t for t in _backward(dy, x, weight, need_dx, need_dweight) if t is not None]
+def _backward_op(dy, x, weight, *needs):
+    return [t for t in _backward(dy, x, weight, *needs) if t is not None]
 
 
-_library = torch.library.Library("fastconv", "FRAGMENT")
+def _fake_backward(dy, x, weight, *needs):
+    return [x.new_empty(shape) for shape, need in zip((x.shape, weight.shape, weight.shape[:1]), needs) if need]
+
+
+_operators = torch.library.Library("fastconv", "FRAGMENT")
 for _schema, _kernel, _fake in (
     ("pointwise_conv(Tensor x, Tensor weight, Tensor? bias) -> Tensor", _forward, lambda x, w, b: x.new_empty((x.shape[0], w.shape[0]))),
     (
-        "pointwise_conv_backward(Tensor dy, Tensor x, Tensor weight, bool need_dx, bool need_dweight) -> Tensor[]",
+        "pointwise_conv_backward(Tensor dy, Tensor x, Tensor weight, bool need_dx, bool need_dweight, bool need_dbias) -> Tensor[]",
         _backward_op,
-        lambda dy, x, w, need_dx, need_dweight: [x.new_empty(t.shape) for t, need in ((x, need_dx), (w, need_dweight)) if need],
+        _fake_backward,
+    ),
+    (
+        "linear_wgrad(Tensor dy, Tensor x, bool need_dbias) -> (Tensor dweight, Tensor dbias)",
+        None,  # csrc/cpu/linear.cpp
+        lambda dy, x, need_dbias: (x.new_empty((dy.shape[1], x.shape[1])), x.new_empty((dy.shape[1] if need_dbias else 0,))),
     ),
 ):
-    _library.define(_schema)
-    _library.impl(_schema.split("(")[0], _kernel, "CPU")
-    torch.library.register_fake(f"fastconv::{_schema.split('(')[0]}", _fake, lib=_library)
+    _operators.define(_schema)
+    if _kernel is not None:
+        _operators.impl(_schema.split("(")[0], _kernel, "CPU")
+    torch.library.register_fake(f"fastconv::{_schema.split('(')[0]}", _fake, lib=_operators)
+
+
+@register_flop_formula(torch.ops.fastconv.linear_wgrad)
+def _flops(dy_shape, x_shape, *args, **kwargs) -> int:
+    return 2 * dy_shape[0] * dy_shape[1] * x_shape[1]
 
 
 class PointwiseConv(torch.autograd.Function):
@@ -146,17 +157,16 @@ class PointwiseConv(torch.autograd.Function):
         if dy is None:
             return None, None, None
         x, weight = ctx.saved_tensors
-        need_dx, need_dweight, need_dbias = ctx.needs_input_grad
-        dx, dweight = gradients(dy.contiguous(), x, weight, need_dx, need_dweight)
-        return dx, dweight, dy.sum(0) if need_dbias else None
+        return gradients(dy.contiguous(), x, weight, *ctx.needs_input_grad)
 
 
-def gradients(dy, x, weight, need_dx: bool, need_dweight: bool):
-    """dx and dweight of PointwiseConv, each None where it is not needed."""
+def gradients(dy, x, weight, need_dx: bool, need_dweight: bool, need_dbias: bool):
+    """dx, dweight and dbias of PointwiseConv, each None where it is not needed."""
+    needs = need_dx, need_dweight, need_dbias
     if not torch.compiler.is_compiling():
-        return _backward(dy, x, weight, need_dx, need_dweight)
-    grads = iter(torch.ops.fastconv.pointwise_conv_backward(dy, x, weight, need_dx, need_dweight))
-    return next(grads) if need_dx else None, next(grads) if need_dweight else None
+        return _backward(dy, x, weight, *needs)
+    grads = iter(torch.ops.fastconv.pointwise_conv_backward(dy, x, weight, *needs))
+    return tuple(next(grads) if need else None for need in needs)
 
 
 def as_convolution(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -170,11 +180,9 @@ def linear(x, weight, bias):
     return as_convolution(x, weight, bias) if convolution_is_faster(x, weight) else F.linear(x, weight, bias)
 
 
-def linear_gradients(dout, x, weight, need_dx: bool, need_dweight: bool):
-    """dout weight and dout^T x, each None where it is not needed, by the kernel of `linear`. Without need_dweight of x only the
-    shape is read."""
-    if not (need_dx or need_dweight):
-        return None, None
-    if convolution_is_faster(x, weight):
-        return gradients(dout, x, weight, need_dx, need_dweight)
-    return dout @ weight if need_dx else None, dout.t() @ x if need_dweight else None
+def linear_gradients(dout, x, weight, need_dx: bool, need_dweight: bool, need_dbias: bool):
+    """dout weight, dout^T x and the sum of dout, each None where it is not needed, by the kernel of `linear`. Without need_dweight
+    of x only the shape is read."""
+    if (need_dx or need_dweight) and convolution_is_faster(x, weight):
+        return gradients(dout, x, weight, need_dx, need_dweight, need_dbias)
+    return dout @ weight if need_dx else None, dout.t() @ x if need_dweight else None, dout.sum(0) if need_dbias else None

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from ._linear import PREFERS_WEIGHT_PRODUCTS
+from ._linear import UP_TO_ZEN4
 
 # On a CPU a long x goes through in pieces of about so many elements, which stay in the caches from pass to pass: fresh memory
 # for a map of its size costs more than the passes over it. With fewer rows at a time, torch's products are slower. Where they
 # have no more lanes than MKL's, the caches' share is less: a training step of timm's swin_tiny gains 2% with the larger pieces,
 # one of convnext_tiny 1%, inference nothing, and without pieces inference loses 5% and 15% (Zen 4, 2 threads, 2026-11-29).
-ELEMENTS = 2**22 if PREFERS_WEIGHT_PRODUCTS else 2**20
+ELEMENTS = 2**22 if UP_TO_ZEN4 else 2**20
 ROWS = 2048
 BLOCK = 64  # rows: oneDNN's gradients of weights are three times slower at many an odd number of them
 

@@ -112,27 +112,29 @@ class GeluLinear(torch.autograd.Function):
         pieces = pieces_of(rows.shape[0], weight.shape[1], x.device, ctx.dtype)
         hidden = hidden or [rows[piece] for piece in pieces]
         dx = torch.empty_like(rows) if need_dx and len(pieces) > 1 else None
-        sums = [None] * 3  # dfirst_weight, dfirst_bias, dweight
+        sums = [None] * 4  # dfirst_weight, dfirst_bias, dweight, dbias
         for piece, h in zip(pieces, hidden, strict=True):
             part, y = _gelu_backward(dout[piece], h, weight_as, ctx.tanh, ctx.backend, need_dhidden, need_dweight)
-            shares = [None, None, linear_gradients(dout[piece], y, weight_as, False, True)[1] if need_dweight else None]
+            shares = linear_gradients(dout[piece], h if y is None else y, weight_as, False, need_dweight, need_dbias)[1:]
             if first_weight is not None:
-                shares[1] = part.sum(0) if need_dfirst_bias else None
-                part, shares[0] = linear_gradients(part, rows[piece], first_weight, need_dx, need_dfirst)
+                part, *first = linear_gradients(part, rows[piece], first_weight, need_dx, need_dfirst, need_dfirst_bias)
+                shares = *first, *shares
+            else:
+                shares = None, None, *shares
             if dx is not None:
                 dx[piece] = part
             elif need_dx:
                 dx = part
             sums = [share if total is None else total.add_(share) for total, share in zip(sums, shares)]
-        dbias = dout.sum(0).to(bias.dtype) if need_dbias else None
         dweight = sums[2].to(weight.dtype) if need_dweight else None
+        dbias = sums[3].to(bias.dtype) if need_dbias else None
         return dx.view(x.shape) if need_dx else None, *sums[:2], dweight, dbias, None, None, None
 
 
 def _gelu_backward(dout, x, weight, tanh: bool, backend, need_dx: bool, need_y: bool):
     """dx and gelu(x) of rows, each None where it is not needed."""
     if need_dx:
-        dy = linear_gradients(dout, x, weight, True, False)[0].contiguous()
+        dy = linear_gradients(dout, x, weight, True, False, False)[0].contiguous()
         dx = _registry.raw("gelu_linear_bwd", backend)(dy.view(-1), x.view(-1), tanh, need_y)
         return dx.view(x.shape), dy if need_y else None  # gelu(x) by now
     return None, _registry.raw("gelu_linear_fwd", backend)(x.view(-1), tanh, weight.dtype).view(x.shape) if need_y else None
