@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from test_patch_linear import Calls, at_any_size  # noqa: F401  the fixture applies here too
+from test_patch_linear import Calls, at_any_size, weight_gradients_by  # noqa: F401  the fixture applies here too
 from torch import nn
 
 import fastconv
@@ -47,7 +47,7 @@ def test_gelu_linear_in_pieces(monkeypatch, frozen, rows):
 @pytest.mark.parametrize("bias, kernel", [(True, True), (True, False), (False, True), (False, False)])
 def test_whole_mlp_in_pieces(monkeypatch, frozen, bias, kernel):
     """The linear layer before joins: the same values, and each gradient that is wanted."""
-    monkeypatch.setattr(_linear, "WEIGHT_KERNEL", kernel)
+    weight_gradients_by(monkeypatch, "kernel" if kernel else "convolution")
     monkeypatch.setattr(_pieces, "ELEMENTS", 640)
     monkeypatch.setattr(_pieces, "ROWS", 64)
     g = torch.Generator().manual_seed(0)

@@ -36,14 +36,17 @@ def _up_to_zen4() -> bool:
         return False
     from fastconv import _C
 
-    return _C.cpu_family() < ZEN5
+    return _C.cpu_family() < 26  # Zen 5
 
 
-ZEN5 = 26
 UP_TO_ZEN4 = _up_to_zen4()  # where AVX-512 has no more lanes than what MKL uses
-# linear_wgrad, gradients of weight and bias in one kernel of ours: 188 to 204 GFLOP/s of 2 threads at swin_tiny's shapes, where
-# torch's best of product and convolution, with the sum, has 120 to 190. Zen 4, torch 2.14, 2026-11-29; not measured on others.
+# There linear_wgrad, the gradients of weight and bias in one kernel of ours, is 1.03x to 1.26x as fast as torch's best and its sum
+# at transformers' and ConvNeXt's shapes, but 0.7x to 0.98x under these bounds, where MKL's product wins over few rows or for more
+# outputs than inputs, and else the convolution. 2 threads, torch 2.14, 2026-11-29; not measured on other processors.
 WEIGHT_KERNEL = UP_TO_ZEN4 and not _library.cpu_missing and os.environ.get("FASTCONV_CPU_CAPABILITY", "avx512") in ("", "avx512")
+MIN_WEIGHT = 2**13  # elements a thread: each repacks what its share of them needs
+MIN_WEIGHT_PRODUCTS = 2**24
+MIN_WEIGHT_ROWS = 2048
 
 # Where the convolution wins, forward and backward, on an AMD EPYC (Zen 5), 2 threads, torch 2.15, 2026-11-22: about 1.1x at
 # MIN_PRODUCTS, 1.3x to 2.3x at ConvNeXt-T's shapes, 0.7x to 1.3x under MIN_ROWS. `pytest benchmarks -k linear` measures it.
@@ -94,10 +97,13 @@ def _forward(x, weight, bias):
 
 def _backward(dy, x, weight, need_dx: bool, need_dweight: bool, need_dbias: bool):
     dx = dweight = dbias = None
+    by = _weight_gradient_by(x.shape[0], *weight.shape) if need_dweight else ""
     second_order = torch.is_grad_enabled() and (dy.requires_grad or x.requires_grad)  # of which our kernel knows nothing
-    if need_dweight and WEIGHT_KERNEL and not second_order:
+    convolved = by == "convolution" or (by == "kernel" and second_order)
+    if by == "product":
+        dweight = dy.t() @ x
+    elif by and not convolved:
         dweight, dbias = torch.ops.fastconv.linear_wgrad(dy, x, need_dbias)
-    convolved = need_dweight and dweight is None
     if need_dx or convolved:
         settings = [1, 1], [0, 0], [1, 1], False, [0, 0], 1  # stride, padding, dilation, transposed, output padding, groups
         maps = _as_map(dy), _as_map(x), weight[:, :, None, None]
@@ -107,14 +113,18 @@ def _backward(dy, x, weight, need_dx: bool, need_dweight: bool, need_dbias: bool
     return dx, dweight, None if not need_dbias else dy.sum(0) if dbias is None else dbias
 
 
+def _weight_gradient_by(rows: int, outputs: int, inputs: int) -> str:
+    if not UP_TO_ZEN4:
+        return "convolution"
+    if WEIGHT_KERNEL and outputs * inputs >= MIN_WEIGHT * _threads() and rows * outputs * inputs >= MIN_WEIGHT_PRODUCTS:
+        return "kernel"
+    return "product" if rows < MIN_WEIGHT_ROWS or outputs > inputs else "convolution"
+
+
 # The same as operators of their own, for torch.compile. In a graph of its own the compiler takes an image of one column for
 # contiguous NCHW, and transposes every map before and after the convolution.
 def _backward_op(dy, x, weight, *needs):
     return [t for t in _backward(dy, x, weight, *needs) if t is not None]
-
-
-def _fake_backward(dy, x, weight, *needs):
-    return [x.new_empty(shape) for shape, need in zip((x.shape, weight.shape, weight.shape[:1]), needs) if need]
 
 
 _operators = torch.library.Library("fastconv", "FRAGMENT")
@@ -123,7 +133,7 @@ for _schema, _kernel, _fake in (
     (
         "pointwise_conv_backward(Tensor dy, Tensor x, Tensor weight, bool need_dx, bool need_dweight, bool need_dbias) -> Tensor[]",
         _backward_op,
-        _fake_backward,
+        lambda dy, x, w, *needs: [x.new_empty(shape) for shape, need in zip((x.shape, w.shape, w.shape[:1]), needs) if need],
     ),
     (
         "linear_wgrad(Tensor dy, Tensor x, bool need_dbias) -> (Tensor dweight, Tensor dbias)",
