@@ -45,7 +45,7 @@ def reference(x, weight, bias=None, approximate="none", compute_dtype=None):
 # recompute, gelu(x) takes the place of dy, which saves a map of the hidden layer.
 SCHEMAS = {
     "gelu_linear_fwd": "(Tensor x, bool tanh, ScalarType out_dtype) -> Tensor",
-    "gelu_linear_bwd": "(Tensor(a!) dy, Tensor x, bool tanh, bool recompute) -> Tensor",
+    "gelu_linear_bwd": "(Tensor(a!) dy, Tensor x, bool tanh, bool recompute) -> (Tensor dx)",
 }
 
 
