@@ -53,7 +53,7 @@ test-full: $(BUILT)  ## the same stages with all their slow tests, no budgets
 	$(PY) tests/run_stages.py --full
 
 bench: $(BUILT)  ## op and model benchmarks, JSON into OUT
-	$(PY) -m pytest benchmarks --out "$(OUT)" $(ARGS)
+	$(PY) -m pytest benchmarks --out="$(OUT)" $(ARGS)
 
 gpu-check:  ## on a machine with a GPU: build with PYTHON as it is, no network, check and measure; results into OUT
 	$(PYTHON) benchmarks/gpu_check.py --out "$(OUT)" $(if $(STAGE),--stage "$(STAGE)")

@@ -1,4 +1,7 @@
-"""Options, fixtures and the report of the benchmarks: `pytest benchmarks --out DIR`."""
+"""Options, fixtures and the report of the benchmarks: `pytest benchmarks --out=DIR`.
+
+With a space instead, a folder that is there already passes for a second one with tests: pytest reads its paths before these options.
+"""
 
 from __future__ import annotations
 
