@@ -79,6 +79,12 @@ MUTANTS = {
     "sum of the last pixel alone": ("global_response_norm_kernel.h", "first += a * d;", "first = a * d;", ("global_response_norm",)),
     "last band lost": ("global_response_norm.cpp", "band < p.bands; ++band", "band + 1 < p.bands; ++band", ("global_response_norm",)),
     "mean of the norms without gradient": ("global_response_norm.cpp", "* scale - through_mean;", "* scale;", ("global_response_norm",)),
+    "gelu over dy before it is read": (
+        "activation_kernel.h",
+        "store_lanes<A>(dx + i, load_lanes<A>(dy + i, lanes) * a.slope, lanes);",
+        "if (p.y.data) store_lanes<A>(y + i, a.value, lanes); store_lanes<A>(dx + i, load_lanes<A>(dy + i, lanes) * a.slope, lanes);",
+        ("gelu_linear",),
+    ),
     "density lost": ("activation_kernel.h", "cdf + x * density * 0.398942280f", "cdf", ("gelu_linear", "global_response_norm")),
     "weights of the first group": (
         "grouped_conv.cpp",
